@@ -1,0 +1,113 @@
+"""The one place where functions are compiled: our ``jit`` decorator and its honest cache.
+
+Everything compiled in this project goes through :func:`jit` (or :func:`jit_inline`, for small leaf functions
+that must not cost a call). Both release the GIL and are cached on disk.
+
+*The cache must not lie.* Numba's own cache notices a change in the file of a function, not in the files of its
+callees, and would serve a stale caller. Here the cache is a folder whose name is a hash of all our sources, the
+Numba and llvmlite versions and the options that change generated code, so any edit starts a new folder. Folders
+of older versions are removed, the newest few kept.
+
+*No allocation inside.* Compiled code runs without Numba's reference counting (``_nrt=False``): counting
+references to the arrays of ``Memory`` costs more than the work itself. So no compiled function creates an
+array; what it needs is handed in.
+
+With ``NUMBA_DISABLE_JIT=1`` the decorators return the Python function, and intrinsics are replaced by their
+Python stand-ins beside them (``JIT_DISABLED``).
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+import llvmlite
+import numba
+
+__all__ = ("JIT_DISABLED", "jit", "jit_inline", "cache_folder", "cache_is_warm", "mark_cache_warm")
+
+JIT_DISABLED = bool(numba.config.DISABLE_JIT)
+
+_KEEP_FOLDERS = 4
+
+
+def _source_folders():
+    """The package itself and the kernels beside it: installed inside it, or at the repository's top level."""
+    package = pathlib.Path(__file__).resolve().parent
+    kernels = package / "kernels"
+    return package, kernels if kernels.is_dir() else package.parent / "kernels"
+
+
+def source_hash(folders=None):
+    """Hex digest over names and contents of all our Python sources, the compiler's versions and its options."""
+    digest = hashlib.sha256()
+    for option in (numba.__version__, llvmlite.__version__, numba.config.BOUNDSCHECK, numba.config.OPT,
+                   numba.config.DEBUGINFO_DEFAULT):
+        digest.update(f"{option}\0".encode())
+    for folder in folders or _source_folders():
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _cache_root():
+    """Where compiled code is kept: NUMBA_CACHE_DIR if set, else the user's cache folder, else a temporary one."""
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return pathlib.Path(os.environ["NUMBA_CACHE_DIR"]) / "migrate-offload"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    root = pathlib.Path(base) / "migrate-offload"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError:
+        return pathlib.Path(tempfile.gettempdir()) / f"migrate-offload-{os.getuid()}"
+
+
+@functools.cache
+def cache_folder():
+    """The folder for code compiled from exactly these sources. Created; older ones are pruned."""
+    root = _cache_root()
+    folder = root / source_hash()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    others = sorted((path for path in root.iterdir() if path.is_dir() and path != folder),
+                    key=lambda path: path.stat().st_mtime, reverse=True)
+    for stale in others[_KEEP_FOLDERS - 1:]:
+        shutil.rmtree(stale, ignore_errors=True)
+    return folder
+
+
+def cache_is_warm():
+    """True if an earlier run has compiled the whole path, so that this one need not (or nothing is compiled)."""
+    return JIT_DISABLED or (cache_folder() / "warm").exists()
+
+
+def mark_cache_warm():
+    """Note that everything the migration path needs is in the cache now."""
+    if not JIT_DISABLED:
+        (cache_folder() / "warm").touch()
+
+
+def _compile(function, **options):
+    if JIT_DISABLED:
+        return function
+    theirs = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(cache_folder())    # read by Numba while the function is decorated
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy", _nrt=False, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = theirs
+
+
+def jit(function):
+    """Compile ``function``: nopython, GIL released, cached. Division by zero follows NumPy, nothing is raised."""
+    return _compile(function)
+
+
+def jit_inline(function):
+    """As :func:`jit`, and inlined into each caller: for small functions called once a folio."""
+    return _compile(function, forceinline=True)

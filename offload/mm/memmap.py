@@ -1,0 +1,340 @@
+"""The state of a machine: the memmap (one record per page frame) and the tables around it, all NumPy arrays.
+
+Stands for struct page / struct folio, struct pglist_data, mm_struct, vm_area_struct, anon_vma and
+address_space as far as migration reads or writes them (include/linux/mm_types.h, page-flags.h, rmap.h, fs.h;
+v7.3). Everything a machine knows is in the arrays of one :class:`Memory`; saving a machine is copying them.
+
+Differences from the kernel, all on purpose:
+
+* the order of the folio a page belongs to stands in ``orders[pfn]`` for head and tail pages alike (folios are
+  naturally aligned, so the head is ``pfn`` rounded down); tail pages have no record of their own;
+* AnonExclusive is a bit of the page-table entry, not of the page: an exclusive page has exactly one;
+* LRU lists are flags and counters; which folio is older is not kept;
+* one zone per node; no memory cgroups.
+
+Left out: MGLRU generations, page_owner, hugetlb pools, DAX and device memory.
+
+Compiled functions take ``mem`` (a Memory) and pfns. In and out of compiled code, a Memory travels as a *table*,
+an int64 array of addresses and lengths (:func:`pack`, :func:`unpack`): handing Numba the arrays themselves costs
+13 us a call, the table 0.4 us. Arrays of a Memory are never resized in place: growing one makes a new Memory.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from offload.jit import JIT_DISABLED, jit_inline
+from offload.units import MAX_PAGE_ORDER
+
+__all__ = (
+    "FOLIO_DTYPE", "NODE_DTYPE", "FREE_AREA_DTYPE", "MM_DTYPE", "VMA_DTYPE", "ANON_VMA_DTYPE", "AVC_DTYPE",
+    "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "pack", "unpack",
+    "folio_nr_pages", "folio_test", "folio_set", "folio_clear", "folio_test_anon", "folio_test_large",
+    "page_folio", "folio_expected_ref_count", "folio_trylock", "folio_unlock", "folio_is_file_lru",
+)
+
+NO_PFN = 0
+"""No page: pfn 0 is never handed out."""
+FIRST_PFN = 1 << MAX_PAGE_ORDER
+"""Where node 0 begins; what lies below stands for the firmware's memory and is never used."""
+
+# --- page flags (include/linux/page-flags.h) ------------------------------------------------------------------
+
+PG_locked = 1 << 0
+PG_writeback = 1 << 1
+PG_referenced = 1 << 2
+PG_uptodate = 1 << 3
+PG_dirty = 1 << 4
+PG_lru = 1 << 5
+PG_active = 1 << 6
+PG_workingset = 1 << 7
+PG_swapbacked = 1 << 8
+PG_unevictable = 1 << 9
+PG_mlocked = 1 << 10
+PG_swapcache = 1 << 11
+PG_private = 1 << 12
+PG_checked = 1 << 13
+PG_mappedtodisk = 1 << 14
+PG_readahead = 1 << 15
+PG_young = 1 << 16
+PG_idle = 1 << 17
+PG_hwpoison = 1 << 18
+PG_large_rmappable = 1 << 19
+PG_partially_mapped = 1 << 20
+PG_deferred_list = 1 << 21          # on its node's deferred-split queue (a list link in the kernel)
+PG_hugetlb = 1 << 22                # page type PGTY_hugetlb
+PG_movable_ops = 1 << 23            # page types PGTY_offline, PGTY_zsmalloc
+PG_ksm = 1 << 24                    # FOLIO_MAPPING_KSM in folio->mapping
+PG_reserved = 1 << 25
+
+# --- vma flags (include/linux/mm.h; values are ours) ----------------------------------------------------------
+
+VM_READ = 1 << 0
+VM_WRITE = 1 << 1
+VM_EXEC = 1 << 2
+VM_SHARED = 1 << 3
+VM_LOCKED = 1 << 4
+VM_PFNMAP = 1 << 5
+VM_HUGETLB = 1 << 6
+VM_DONTCOPY = 1 << 7
+
+# --- address spaces -------------------------------------------------------------------------------------------
+
+MAPPING_FILE, MAPPING_SHMEM, MAPPING_SWAP = 1, 2, 3
+AOPS_MIGRATE_FOLIO, AOPS_FILEMAP = 1, 2
+AOPS_NAMES = {"migrate_folio": AOPS_MIGRATE_FOLIO, "filemap": AOPS_FILEMAP}
+
+# --- where a node's bytes live --------------------------------------------------------------------------------
+
+PLACE_HOST, PLACE_NOWHERE = 1, 2
+
+FOLIO_DTYPE = np.dtype({
+    "page_flags": (np.int64, 0),    # PG_*
+    "refcount": (np.int32, 8),
+    "mapcount": (np.int32, 12),     # folio_mapcount(): page-table entries that map it, a PMD counts one
+    "pincount": (np.int32, 16),     # FOLL_PIN pins; each also holds references, see node.folio_pin
+    "order": (np.int16, 20),
+    "nid": (np.int16, 22),
+    "mapping": (np.int32, 24),      # > 0 an address space, < 0 minus an anon_vma, 0 none
+    "others": (np.int32, 28),       # row of Memory.others: what others do to it during a call; 0 nothing
+    "index": (np.int64, 32),        # offset in the mapping, in pages
+    "private": (np.int64, 40),      # file-system private data, or the swap entry
+    "migrate_info": (np.int64, 48), # on a destination during a call: migrate/state.py
+    "cpupid": (np.int32, 56),
+    "pad": (np.int32, 60),
+})
+"""One page frame's record, 64 bytes; valid for head pages of folios in use."""
+
+NODE_DTYPE = np.dtype([(name, np.int64) for name in (
+    "start_pfn", "nr_pages", "cpus", "place",
+    "frames",                       # address of the byte that pfn 0 would have; 0 for PLACE_NOWHERE
+    "nr_free_pages",
+    "nr_isolated_anon", "nr_isolated_file",
+    "nr_lru_anon", "nr_lru_file", "nr_unevictable",
+    "nr_anon_mapped", "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_file_dirty", "nr_mlock",
+    "nr_deferred_split",
+)], align=True)
+"""struct pglist_data; counters are base pages, except nr_deferred_split (folios)."""
+
+FREE_AREA_DTYPE = np.dtype([(name, np.int64) for name in (
+    "nr_free",                      # free blocks of this order
+    "leaf", "middle", "top",        # where the three levels of its bitmap begin in Memory.free_bits
+    "nr_top",                       # words in the top level
+)], align=True)
+"""zone->free_area[order] of a node, at row ``nid * (MAX_PAGE_ORDER + 1) + order``."""
+
+MM_DTYPE = np.dtype([(name, np.int64) for name in (
+    "pgd", "rss_anon", "rss_file", "rss_shmem", "locked_vm", "used",
+)], align=True)
+"""struct mm_struct: its top page table and the counters migration must keep (base pages)."""
+
+VMA_DTYPE = np.dtype([(name, np.int64) for name in (
+    "mm", "start", "end", "pgoff", "vm_flags", "mapping", "anon_vma",
+    "order",                        # folio order to fault in where it fits
+    "nid",                          # node to fault in on (then the others, nearest first)
+    "first_avc",                    # this vma's links to anon_vmas: Memory.avcs, through next_of_vma
+    "next_in_mapping",              # i_mmap: next vma of the same file
+)], align=True)
+"""struct vm_area_struct; addresses in bytes, pgoff in pages. Row 0 is unused."""
+
+ANON_VMA_DTYPE = np.dtype([("first_avc", np.int64), ("refcount", np.int64)], align=True)
+AVC_DTYPE = np.dtype([(name, np.int64) for name in ("vma", "anon_vma", "next_of_anon_vma", "next_of_vma")],
+                     align=True)
+"""struct anon_vma_chain: one link between a vma and an anon_vma."""
+
+MAPPING_DTYPE = np.dtype([(name, np.int64) for name in (
+    "kind", "aops", "nr_slots",
+    "slots",                        # where its page cache begins in Memory.slots: one pfn per page of the file
+    "nrpages", "first_vma",
+)], align=True)
+"""struct address_space. Row 0 is unused."""
+
+OTHERS_DTYPE = np.dtype([(name, np.int64) for name in (
+    "lock", "writeback",            # OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER
+    "refs",                         # references somebody else holds, or will take
+    "refs_held",                    # those of them that are held now
+    "refs_from_batch_copy",         # taken right after the batch copy (or the flush), not before the call
+    "refs_gone_after",              # dropped after this many failed move attempts; -1 never
+    "refs_write",                   # their holder writes into the folio right after the batch copy
+    "failed_moves",
+    "alloc",                        # ALLOC_OK, ALLOC_FAIL, ALLOC_FAIL_ALL
+    "copy_error",                   # reading its bytes meets an uncorrectable memory error
+)], align=True)
+"""What others do to a folio while a call runs (``locked``, ``extra_refs`` ... of a scenario). Row 0: nothing."""
+
+OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER = 0, 1, 2
+ALLOC_OK, ALLOC_FAIL, ALLOC_FAIL_ALL = 0, 1, 2
+
+SYS_DTYPE = np.dtype([(name, np.int64) for name in (
+    "nr_nodes", "copy_kernel", "poison", "thp_migration",
+    "nr_tables", "free_table",      # page-table pages handed out so far; head of the list of returned ones
+    "lru_batch_nr", "lru_disabled",
+    "offload_active", "offload_reasons",
+    "pgmigrate_success", "pgmigrate_fail",
+    "thp_migration_success", "thp_migration_fail", "thp_migration_split",
+)], align=True)
+"""What there is one of: switches, the per-CPU LRU batch's fill, vmstat counters (units as in the kernel)."""
+
+LRU_BATCH_SIZE = 31
+"""PAGEVEC_SIZE (include/linux/folio_batch.h)."""
+
+
+class Memory(NamedTuple):
+    """All state of a machine. Every field is a one-dimensional C-contiguous array."""
+
+    folios: np.recarray             # FOLIO_DTYPE, indexed by pfn
+    orders: np.ndarray              # uint8, indexed by pfn: order of the folio the page belongs to
+    nodes: np.recarray              # NODE_DTYPE, indexed by nid
+    free_areas: np.recarray         # FREE_AREA_DTYPE
+    free_bits: np.ndarray           # int64 words of 32 bits: the buddy allocators' bitmaps
+    tables: np.ndarray              # int64: page-table pages of 512 entries; table t begins at t * 512
+    mms: np.recarray                # MM_DTYPE
+    vmas: np.recarray               # VMA_DTYPE
+    anon_vmas: np.recarray          # ANON_VMA_DTYPE
+    avcs: np.recarray               # AVC_DTYPE
+    mappings: np.recarray           # MAPPING_DTYPE
+    slots: np.ndarray               # int64: page caches, one pfn per page of a file
+    others: np.recarray             # OTHERS_DTYPE
+    lru_batch: np.ndarray           # int64, LRU_BATCH_SIZE pfns
+    sys: np.recarray                # SYS_DTYPE, one row
+
+
+MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.int64, np.int64, MM_DTYPE, VMA_DTYPE,
+                       ANON_VMA_DTYPE, AVC_DTYPE, MAPPING_DTYPE, np.int64, OTHERS_DTYPE, np.int64, SYS_DTYPE)
+
+
+def records(nr, dtype):
+    """``nr`` zeroed records with attribute access, as the core reads them."""
+    return np.zeros(nr, dtype).view(np.recarray)
+
+
+def pack(arrays):
+    """The table of a Memory (or of a Call): address and length of each array. The caller keeps the arrays alive.
+
+    With the JIT disabled there are no addresses to hand over and the tuple is its own table.
+    """
+    if JIT_DISABLED:
+        return arrays
+    table = np.empty(2 * len(arrays), np.int64)
+    for i, array in enumerate(arrays):
+        if not array.flags.c_contiguous:
+            raise AssertionError(f"{type(arrays).__name__}.{arrays._fields[i]} is not contiguous")
+        table[2 * i] = array.ctypes.data
+        table[2 * i + 1] = len(array)
+    return table
+
+
+def make_unpack(cls, dtypes):
+    """A compiled ``unpack(table)`` that gives back the NamedTuple ``cls`` of arrays of ``dtypes``."""
+    if JIT_DISABLED:
+        return lambda table: table
+    tuple_type = types.NamedTuple([types.Array(numba.from_dtype(np.dtype(dtype)), 1, "C") for dtype in dtypes], cls)
+
+    @intrinsic
+    def unpack(typingctx, table):
+        def codegen(context, builder, signature, args):
+            table = context.make_array(signature.args[0])(context, builder, args[0])
+            word = ir.IntType(64)
+            arrays = []
+            for i, array_type in enumerate(tuple_type.types):
+                address = builder.load(builder.gep(table.data, [word(2 * i)]))
+                length = builder.load(builder.gep(table.data, [word(2 * i + 1)]))
+                itemsize = context.get_constant(
+                    types.intp, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
+                array = context.make_array(array_type)(context, builder)
+                populate_array(array, data=builder.inttoptr(address, array.data.type),
+                               shape=cgutils.pack_array(builder, [length]),
+                               strides=cgutils.pack_array(builder, [itemsize]), itemsize=itemsize, meminfo=None)
+                arrays.append(array._getvalue())
+            return context.make_tuple(builder, tuple_type, arrays)
+        return tuple_type(table), codegen
+
+    return unpack
+
+
+unpack = make_unpack(Memory, MEMORY_DTYPES)
+
+
+# --- folios (include/linux/mm.h, page-flags.h, pagemap.h) -----------------------------------------------------
+
+@jit_inline
+def folio_test(mem, pfn, bit):
+    return mem.folios[pfn].page_flags & bit != 0
+
+
+@jit_inline
+def folio_set(mem, pfn, bit):
+    mem.folios[pfn].page_flags |= bit
+
+
+@jit_inline
+def folio_clear(mem, pfn, bit):
+    mem.folios[pfn].page_flags &= ~bit
+
+
+@jit_inline
+def folio_nr_pages(mem, pfn):
+    return 1 << mem.folios[pfn].order
+
+
+@jit_inline
+def folio_test_large(mem, pfn):
+    return mem.folios[pfn].order > 0
+
+
+@jit_inline
+def folio_test_anon(mem, pfn):
+    return mem.folios[pfn].mapping < 0
+
+
+@jit_inline
+def folio_is_file_lru(mem, pfn):
+    """Whether its LRU and isolation counters are the FILE ones: everything that is not swap backed."""
+    return mem.folios[pfn].page_flags & PG_swapbacked == 0
+
+
+@jit_inline
+def page_folio(mem, pfn):
+    """Head pfn of the folio that page ``pfn`` belongs to (compound_head)."""
+    order = np.int64(mem.orders[pfn])
+    return pfn >> order << order
+
+
+@jit_inline
+def folio_expected_ref_count(mem, pfn):
+    """References that caches, private data and page tables explain; the caller's own are not among them.
+
+    Kernel: folio_expected_ref_count() (include/linux/mm.h, since v6.16), swap cache as fixed in v6.19.
+    """
+    folio = mem.folios[pfn]
+    nr_pages = np.int64(1) << folio.order
+    expected = np.int64(folio.mapcount)
+    if folio.page_flags & PG_swapcache:
+        expected += nr_pages
+    if folio.mapping >= 0:                          # not anon
+        if folio.mapping:
+            expected += nr_pages
+        if folio.page_flags & PG_private:
+            expected += 1
+    return expected
+
+
+@jit_inline
+def folio_trylock(mem, pfn):
+    """Take the folio lock if it is free; True if we hold it now."""
+    folio = mem.folios[pfn]
+    if folio.page_flags & PG_locked:
+        return False
+    folio.page_flags |= PG_locked
+    return True
+
+
+@jit_inline
+def folio_unlock(mem, pfn):
+    mem.folios[pfn].page_flags &= ~PG_locked

@@ -1,0 +1,360 @@
+"""A node's page frames: the buddy allocator, references, isolation from the LRU, and the node's counters.
+
+Stands for mm/page_alloc.c (allocation and freeing of orders 0 to 10), mm/swap.c (the per-CPU LRU batch, putting
+references) and folio_isolate_lru()/putback of mm/vmscan.c (v7.3). Leaves out zones, watermarks and reclaim (an
+empty node is -ENOMEM at once), per-CPU page lists and migrate types.
+
+The free blocks of each order are a bitmap instead of the kernel's linked lists: a list would touch the records
+of two neighbours for each page freed, and after a move in random order those are cache misses. Three levels,
+32 bits a word; the lowest free block is handed out first, so the same calls give the same frames.
+"""
+
+import numpy as np
+
+from offload.jit import jit, jit_inline
+from offload.mm.frames import count_trailing_zeros, poison_frames
+from offload.mm.memmap import (
+    FREE_AREA_DTYPE, LRU_BATCH_SIZE, NO_PFN, PG_active, PG_deferred_list, PG_large_rmappable, PG_lru,
+    PG_mlocked, PG_partially_mapped, PG_swapbacked, PG_unevictable, folio_is_file_lru, records,
+)
+from offload.units import MAX_PAGE_ORDER
+
+__all__ = ("alloc_pages_node", "free_pages", "folio_get", "folio_put", "folio_put_refs", "folio_isolate_lru",
+           "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated", "folio_maybe_dma_pinned",
+           "folio_pin", "folio_unpin")
+
+NR_ORDERS = MAX_PAGE_ORDER + 1
+WORD_BITS = 32
+GUP_PIN_COUNTING_BIAS = 1024
+"""References that one pin of a small folio holds (include/linux/mm.h)."""
+
+
+# --- free areas -----------------------------------------------------------------------------------------------
+
+def build_free_areas(nodes):
+    """Empty free areas and bitmaps for nodes given as NODE_DTYPE records, then all of their memory freed into them.
+
+    Returns (free_areas, free_bits). Only whole blocks of the largest order are entered one by one, so a node of
+    128 GiB costs 32,768 bits, not 32 million.
+    """
+    areas = records(len(nodes) * NR_ORDERS, FREE_AREA_DTYPE)
+    size = 0
+    for nid, node in enumerate(nodes):
+        for order in range(NR_ORDERS):
+            area = areas[nid * NR_ORDERS + order]
+            blocks = int(node.nr_pages) >> order
+            for level in ("leaf", "middle", "top"):
+                words = -(-blocks // WORD_BITS)
+                area[level] = size
+                size += words
+                blocks = words
+            area.nr_top = blocks
+    return areas, np.zeros(size, np.int64)
+
+
+@jit
+def set_free(mem, nid, order, block):
+    """Enter ``block`` (counted in blocks of ``order`` from the node's start) as free."""
+    area = mem.free_areas[nid * NR_ORDERS + order]
+    area.nr_free += 1
+    word = block >> 5
+    mem.free_bits[area.leaf + word] |= np.int64(1) << (block & 31)
+    mem.free_bits[area.middle + (word >> 5)] |= np.int64(1) << (word & 31)
+    mem.free_bits[area.top + (word >> 10)] |= np.int64(1) << (word >> 5 & 31)
+
+
+@jit
+def clear_free(mem, nid, order, block):
+    """Take ``block`` out of the free blocks of ``order``."""
+    area = mem.free_areas[nid * NR_ORDERS + order]
+    area.nr_free -= 1
+    word = block >> 5
+    leaf = area.leaf + word
+    mem.free_bits[leaf] &= ~(np.int64(1) << (block & 31))
+    if mem.free_bits[leaf] == 0:
+        middle = area.middle + (word >> 5)
+        mem.free_bits[middle] &= ~(np.int64(1) << (word & 31))
+        if mem.free_bits[middle] == 0:
+            mem.free_bits[area.top + (word >> 10)] &= ~(np.int64(1) << (word >> 5 & 31))
+
+
+@jit
+def lowest_free(mem, nid, order):
+    """The lowest free block of ``order``; there must be one."""
+    area = mem.free_areas[nid * NR_ORDERS + order]
+    top = 0
+    while mem.free_bits[area.top + top] == 0:
+        top += 1
+    middle = top << 5 | count_trailing_zeros(mem.free_bits[area.top + top])
+    leaf = middle << 5 | count_trailing_zeros(mem.free_bits[area.middle + middle])
+    return leaf << 5 | count_trailing_zeros(mem.free_bits[area.leaf + leaf])
+
+
+@jit_inline
+def block_is_free(mem, nid, order, block):
+    area = mem.free_areas[nid * NR_ORDERS + order]
+    return mem.free_bits[area.leaf + (block >> 5)] >> (block & 31) & 1 != 0
+
+
+# --- the buddy allocator (mm/page_alloc.c) --------------------------------------------------------------------
+
+@jit
+def take_block(mem, nid, order):
+    """Remove a free block of ``order``, splitting a larger one if need be. Its first pfn, or NO_PFN."""
+    node = mem.nodes[nid]
+    have = order
+    while have < NR_ORDERS and mem.free_areas[nid * NR_ORDERS + have].nr_free == 0:
+        have += 1
+    if have == NR_ORDERS:
+        return NO_PFN
+    block = lowest_free(mem, nid, have)
+    clear_free(mem, nid, have, block)
+    while have > order:                             # give back the upper halves (expand())
+        have -= 1
+        block = block << 1
+        set_free(mem, nid, have, block + 1)
+    node.nr_free_pages -= 1 << order
+    return node.start_pfn + (block << order)
+
+
+@jit
+def free_block(mem, nid, pfn, order):
+    """Give a block back, merging it with its free buddies as far as they reach (__free_one_page())."""
+    node = mem.nodes[nid]
+    node.nr_free_pages += 1 << order
+    block = (pfn - node.start_pfn) >> order
+    while order < MAX_PAGE_ORDER and (block | 1) < node.nr_pages >> order and block_is_free(mem, nid, order, block ^ 1):
+        clear_free(mem, nid, order, block ^ 1)
+        block >>= 1
+        order += 1
+    set_free(mem, nid, order, block)
+
+
+@jit
+def free_node(mem, nid):
+    """Hand all of a node's frames to its allocator (memblock_free_all()), once, when the machine is built."""
+    node = mem.nodes[nid]
+    at = 0
+    while at < node.nr_pages:
+        order = MAX_PAGE_ORDER
+        while at & ((1 << order) - 1) or at + (1 << order) > node.nr_pages:
+            order -= 1
+        free_block(mem, nid, node.start_pfn + at, order)
+        at += 1 << order
+
+
+@jit_inline
+def set_page_orders(mem, pfn, nr_pages, order):
+    """Write the folio order of pages ``pfn`` .. ``pfn + nr_pages - 1`` (prep_compound_page())."""
+    for page in range(pfn, pfn + nr_pages):
+        mem.orders[page] = order
+
+
+@jit
+def alloc_pages_node(mem, nid, order):
+    """A new folio of ``order`` on node ``nid`` with one reference, or NO_PFN if the node has no such block.
+
+    Its bytes are undefined: whatever was there, or 0xAA where the machine poisons (``sys.poison``).
+    Kernel: __alloc_pages_node() with __GFP_THISNODE, without reclaim.
+    """
+    pfn = take_block(mem, nid, order)
+    if pfn == NO_PFN:
+        return NO_PFN
+    folio = mem.folios[pfn]
+    folio.refcount = 1
+    folio.order = order
+    folio.nid = nid
+    if order:
+        folio.page_flags = PG_large_rmappable
+        set_page_orders(mem, pfn, 1 << order, order)
+    if mem.sys[0].poison:
+        poison_frames(mem, pfn, 1 << order)
+    return pfn
+
+
+@jit
+def free_pages(mem, pfn):
+    """Free a folio whose last reference is gone (free_unref_folio()). Its record is as new afterwards."""
+    folio = mem.folios[pfn]
+    nid = np.int64(folio.nid)
+    order = np.int64(folio.order)
+    if folio.page_flags & PG_lru:
+        lru_stat_add(mem, pfn, -1)
+    if folio.page_flags & PG_deferred_list:
+        mem.nodes[nid].nr_deferred_split -= 1
+    if folio.page_flags & PG_mlocked:
+        mem.nodes[nid].nr_mlock -= 1 << order
+    folio.page_flags = 0
+    folio.mapcount = 0
+    folio.pincount = 0
+    folio.mapping = 0
+    folio.others = 0
+    folio.index = 0
+    folio.private = 0
+    folio.migrate_info = 0
+    folio.cpupid = 0
+    folio.order = 0
+    if order:
+        set_page_orders(mem, pfn, 1 << order, 0)
+    free_block(mem, nid, pfn, order)
+
+
+# --- references (include/linux/mm.h, mm/gup.c) ----------------------------------------------------------------
+
+@jit_inline
+def folio_get(mem, pfn):
+    mem.folios[pfn].refcount += 1
+
+
+@jit
+def folio_put_refs(mem, pfn, refs):
+    """Drop ``refs`` references; the folio is freed with the last."""
+    folio = mem.folios[pfn]
+    folio.refcount -= refs
+    if folio.refcount == 0:
+        free_pages(mem, pfn)
+
+
+@jit_inline
+def folio_put(mem, pfn):
+    folio_put_refs(mem, pfn, 1)
+
+
+@jit_inline
+def folio_maybe_dma_pinned(mem, pfn):
+    """Whether the folio may be pinned: exact for large folios, by reference count for small ones."""
+    folio = mem.folios[pfn]
+    if folio.order:
+        return folio.pincount > 0
+    return folio.refcount >= GUP_PIN_COUNTING_BIAS
+
+
+@jit
+def folio_pin(mem, pfn):
+    """Add a FOLL_PIN pin: 1024 references of a small folio, one and the pincount of a large one (try_grab_folio())."""
+    folio = mem.folios[pfn]
+    folio.pincount += 1
+    folio.refcount += 1 if folio.order else GUP_PIN_COUNTING_BIAS
+
+
+@jit
+def folio_unpin(mem, pfn):
+    """Drop one pin (gup_put_folio())."""
+    folio = mem.folios[pfn]
+    folio.pincount -= 1
+    folio_put_refs(mem, pfn, 1 if folio.order else GUP_PIN_COUNTING_BIAS)
+
+
+# --- the LRU (mm/swap.c, mm/vmscan.c) -------------------------------------------------------------------------
+
+@jit_inline
+def lru_stat_add(mem, pfn, sign):
+    """Count the folio in (+1) or out (-1) of the LRU list that its flags name."""
+    folio = mem.folios[pfn]
+    node = mem.nodes[folio.nid]
+    nr_pages = sign * (np.int64(1) << folio.order)
+    if folio.page_flags & PG_unevictable:
+        node.nr_unevictable += nr_pages
+    elif folio.page_flags & PG_swapbacked:
+        node.nr_lru_anon += nr_pages
+    else:
+        node.nr_lru_file += nr_pages
+
+
+@jit_inline
+def node_stat_add_isolated(mem, pfn, sign):
+    """NR_ISOLATED_ANON or NR_ISOLATED_FILE of the folio's node, plus or minus its pages."""
+    folio = mem.folios[pfn]
+    node = mem.nodes[folio.nid]
+    if folio_is_file_lru(mem, pfn):
+        node.nr_isolated_file += sign * (np.int64(1) << folio.order)
+    else:
+        node.nr_isolated_anon += sign * (np.int64(1) << folio.order)
+
+
+@jit_inline
+def folio_isolate_lru(mem, pfn):
+    """Take the folio off its LRU with a reference of the caller's. False if it is on none (isolated, or batched).
+
+    Kernel: folio_isolate_lru(); the caller adds NR_ISOLATED.
+    """
+    folio = mem.folios[pfn]
+    if folio.page_flags & PG_lru == 0:
+        return False
+    lru_stat_add(mem, pfn, -1)
+    folio.page_flags &= ~PG_lru
+    folio.refcount += 1
+    return True
+
+
+@jit_inline
+def lru_add(mem, pfn):
+    """Put one folio on the LRU list it belongs on; an unmapped mlocked mark moves it to the unevictable one."""
+    folio = mem.folios[pfn]
+    if folio.page_flags & PG_mlocked:
+        folio.page_flags &= ~PG_active
+        folio.page_flags |= PG_unevictable
+    else:
+        folio.page_flags &= ~PG_unevictable
+    folio.page_flags |= PG_lru
+    lru_stat_add(mem, pfn, 1)
+
+
+@jit
+def lru_add_drain(mem):
+    """Empty the per-CPU batch: its folios go on their LRU and its references are dropped (in order of adding)."""
+    sys = mem.sys[0]
+    for i in range(sys.lru_batch_nr):
+        pfn = mem.lru_batch[i]
+        lru_add(mem, pfn)
+        folio_put(mem, pfn)
+    sys.lru_batch_nr = 0
+
+
+@jit
+def folio_add_lru(mem, pfn):
+    """Queue the folio for the LRU: it enters the per-CPU batch, which holds a reference until it is drained.
+
+    The batch is drained when it is full, by a large folio, and always while lru_cache_disable() holds.
+    """
+    sys = mem.sys[0]
+    mem.folios[pfn].refcount += 1
+    mem.lru_batch[sys.lru_batch_nr] = pfn
+    sys.lru_batch_nr += 1
+    if sys.lru_batch_nr == LRU_BATCH_SIZE or mem.folios[pfn].order or sys.lru_disabled:
+        lru_add_drain(mem)
+
+
+@jit
+def folio_putback_lru(mem, pfn):
+    """Give back an isolated folio: NR_ISOLATED, its LRU, and the isolation reference (which may free it).
+
+    Kernel: putback_movable_pages() for one LRU folio.
+    """
+    node_stat_add_isolated(mem, pfn, -1)
+    folio_add_lru(mem, pfn)
+    folio_put(mem, pfn)
+
+
+# --- deferred split (mm/huge_memory.c) ------------------------------------------------------------------------
+
+@jit
+def deferred_split_folio(mem, pfn, partially_mapped):
+    """Queue a large folio for splitting under memory pressure; orders below 2 never are."""
+    folio = mem.folios[pfn]
+    if folio.order <= 1:
+        return
+    if partially_mapped:
+        folio.page_flags |= PG_partially_mapped
+    if folio.page_flags & PG_deferred_list == 0:
+        folio.page_flags |= PG_deferred_list
+        mem.nodes[folio.nid].nr_deferred_split += 1
+
+
+@jit
+def folio_unqueue_deferred_split(mem, pfn):
+    """Take it off that queue again; the partially-mapped mark goes with it."""
+    folio = mem.folios[pfn]
+    if folio.page_flags & PG_deferred_list:
+        folio.page_flags &= ~(PG_deferred_list | PG_partially_mapped)
+        mem.nodes[folio.nid].nr_deferred_split -= 1
