@@ -1,7 +1,7 @@
 """The one place where functions are compiled: our ``jit`` decorator and its honest cache.
 
-Everything compiled in this project goes through :func:`jit` (or :func:`jit_inline`, for small leaf functions
-that must not cost a call). Both release the GIL and are cached on disk.
+Everything compiled in this project goes through :func:`jit`, :func:`jit_inline` (small leaf functions that must not
+cost a call) or :func:`jit_entry` (what Python calls). All release the GIL and are cached on disk.
 
 *The cache must not lie.* Numba's own cache notices a change in the file of a function, not in the files of its
 callees, and would serve a stale caller. Here the cache is a folder whose name is a hash of all our sources, the
@@ -26,7 +26,7 @@ import tempfile
 import llvmlite
 import numba
 
-__all__ = ("JIT_DISABLED", "jit", "jit_inline", "cache_folder", "cache_is_warm", "mark_cache_warm")
+__all__ = ("JIT_DISABLED", "jit", "jit_inline", "jit_entry", "cache_folder", "cache_is_warm", "mark_cache_warm")
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -103,11 +103,23 @@ def _compile(function, **options):
         numba.config.CACHE_DIR = theirs
 
 
+_INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
 def jit(function):
-    """Compile ``function``: nopython, GIL released, cached. Division by zero follows NumPy, nothing is raised."""
-    return _compile(function)
+    """Compile ``function`` for use by other compiled functions: nopython, GIL released, cached.
+
+    Python cannot call it (unless the JIT is disabled): the wrapper that would let it costs more to compile than most
+    functions. Division by zero follows NumPy, nothing is raised.
+    """
+    return _compile(function, **_INSIDE)
 
 
 def jit_inline(function):
     """As :func:`jit`, and inlined into each caller: for small functions called once a folio."""
-    return _compile(function, forceinline=True)
+    return _compile(function, forceinline=True, **_INSIDE)
+
+
+def jit_entry(function):
+    """As :func:`jit`, for functions that Python calls: by convention those that take a ``mem_table``."""
+    return _compile(function)

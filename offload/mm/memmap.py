@@ -105,9 +105,9 @@ FOLIO_DTYPE = np.dtype({
     "others": (np.int32, 28),       # row of Memory.others: what others do to it during a call; 0 nothing
     "index": (np.int64, 32),        # offset in the mapping, in pages
     "private": (np.int64, 40),      # file-system private data, or the swap entry
-    "migrate_info": (np.int64, 48), # on a destination during a call: migrate/state.py
+    "migrate_info": (np.int64, 48),     # on a destination during a call: migrate/state.py
     "cpupid": (np.int32, 56),
-    "pad": (np.int32, 60),
+    "entire_mapcount": (np.int32, 60),  # those of mapcount that are PMD leaves
 })
 """One page frame's record, 64 bytes; valid for head pages of folios in use."""
 
@@ -130,9 +130,11 @@ FREE_AREA_DTYPE = np.dtype([(name, np.int64) for name in (
 """zone->free_area[order] of a node, at row ``nid * (MAX_PAGE_ORDER + 1) + order``."""
 
 MM_DTYPE = np.dtype([(name, np.int64) for name in (
-    "pgd", "rss_anon", "rss_file", "rss_shmem", "locked_vm", "used",
+    "pgd",                          # its top page table; 0: this row is free
+    "deposited",                    # page tables set aside, one for each PMD leaf, to split it without allocating
+    "rss_anon", "rss_file", "rss_shmem",
 )], align=True)
-"""struct mm_struct: its top page table and the counters migration must keep (base pages)."""
+"""struct mm_struct: its page tables and the counters migration must keep (base pages)."""
 
 VMA_DTYPE = np.dtype([(name, np.int64) for name in (
     "mm", "start", "end", "pgoff", "vm_flags", "mapping", "anon_vma",

@@ -11,15 +11,16 @@ of two neighbours for each page freed, and after a move in random order those ar
 
 import numpy as np
 
-from offload.jit import jit, jit_inline
-from offload.mm.frames import count_trailing_zeros, poison_frames
+from offload.intrinsics import count_trailing_zeros
+from offload.jit import jit, jit_entry, jit_inline
+from offload.mm.frames import poison_frames
 from offload.mm.memmap import (
     FREE_AREA_DTYPE, LRU_BATCH_SIZE, NO_PFN, PG_active, PG_deferred_list, PG_large_rmappable, PG_lru,
-    PG_mlocked, PG_partially_mapped, PG_swapbacked, PG_unevictable, folio_is_file_lru, records,
+    PG_mlocked, PG_partially_mapped, PG_reserved, PG_swapbacked, PG_unevictable, folio_is_file_lru, records, unpack,
 )
 from offload.units import MAX_PAGE_ORDER
 
-__all__ = ("alloc_pages_node", "free_pages", "folio_get", "folio_put", "folio_put_refs", "folio_isolate_lru",
+__all__ = ("alloc_pages_node", "free_pages", "fragment_node", "free_reserved_pages", "folio_get", "folio_put", "folio_put_refs", "folio_isolate_lru",
            "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated", "folio_maybe_dma_pinned",
            "folio_pin", "folio_unpin")
 
@@ -130,9 +131,10 @@ def free_block(mem, nid, pfn, order):
     set_free(mem, nid, order, block)
 
 
-@jit
-def free_node(mem, nid):
+@jit_entry
+def free_node(mem_table, nid):
     """Hand all of a node's frames to its allocator (memblock_free_all()), once, when the machine is built."""
+    mem = unpack(mem_table)
     node = mem.nodes[nid]
     at = 0
     while at < node.nr_pages:
@@ -186,6 +188,7 @@ def free_pages(mem, pfn):
         mem.nodes[nid].nr_mlock -= 1 << order
     folio.page_flags = 0
     folio.mapcount = 0
+    folio.entire_mapcount = 0
     folio.pincount = 0
     folio.mapping = 0
     folio.others = 0
@@ -197,6 +200,56 @@ def free_pages(mem, pfn):
     if order:
         set_page_orders(mem, pfn, 1 << order, 0)
     free_block(mem, nid, pfn, order)
+
+
+@jit
+def take_free_page(mem, nid, pfn):
+    """Take one given page out of the free block it lies in (as take_page_off_buddy()). False if it is not free."""
+    block = pfn - mem.nodes[nid].start_pfn
+    order = 0
+    while not block_is_free(mem, nid, order, block >> order):
+        order += 1
+        if order == NR_ORDERS:
+            return False
+    clear_free(mem, nid, order, block >> order)
+    mem.nodes[nid].nr_free_pages -= 1
+    while order > 0:                                # give the half without it back, until one page is left
+        order -= 1
+        set_free(mem, nid, order, block >> order ^ 1)
+    return True
+
+
+@jit_entry
+def fragment_node(mem_table, nid, order, held):
+    """Take the first page of every aligned block of ``order + 1`` that is wholly free; their pfns go to ``held``.
+
+    Returns how many; no free block larger than ``order`` is left.
+    """
+    mem = unpack(mem_table)
+    node = mem.nodes[nid]
+    nr = 0
+    for block in range(node.nr_pages >> order + 1):
+        at = order + 1
+        while at < NR_ORDERS and not block_is_free(mem, nid, at, block >> at - order - 1):
+            at += 1
+        if at < NR_ORDERS:
+            pfn = node.start_pfn + (block << order + 1)
+            take_free_page(mem, nid, pfn)
+            folio = mem.folios[pfn]
+            folio.refcount = 1
+            folio.nid = nid
+            folio.page_flags = PG_reserved
+            held[nr] = pfn
+            nr += 1
+    return nr
+
+
+@jit_entry
+def free_reserved_pages(mem_table, pfns):
+    """Free pages that fragment_node() holds."""
+    mem = unpack(mem_table)
+    for i in range(len(pfns)):
+        folio_put_refs(mem, pfns[i], 1)
 
 
 # --- references (include/linux/mm.h, mm/gup.c) ----------------------------------------------------------------

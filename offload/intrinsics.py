@@ -1,0 +1,109 @@
+"""The few machine instructions Python has no word for, usable in compiled code.
+
+Each has a stand-in for ``NUMBA_DISABLE_JIT=1`` that does the same, slowly. Copy instructions are elsewhere, in
+``kernels/cpu.py``.
+"""
+
+import ctypes
+import time
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from offload.jit import JIT_DISABLED, jit
+
+__all__ = ("clock_ns", "thread_cpu_ns", "count_trailing_zeros", "fill_bytes", "bytes_are_zero", "prefetch_record")
+
+CLOCK_MONOTONIC = 1
+CLOCK_THREAD_CPUTIME_ID = 3
+
+if JIT_DISABLED:
+    def clock_ns():
+        return time.perf_counter_ns()
+
+    def thread_cpu_ns():
+        return time.thread_time_ns()
+
+    def count_trailing_zeros(word):
+        return (int(word) & -int(word)).bit_length() - 1
+
+    def fill_bytes(address, value, nbytes):
+        ctypes.memset(int(address), int(value), int(nbytes))
+        return 0
+
+    def bytes_are_zero(address, nbytes):
+        return not any(ctypes.string_at(int(address), int(nbytes)))
+
+    def prefetch_record(array, i):
+        return 0
+else:
+    def _read_clock(clock):
+        @intrinsic
+        def read_clock(typingctx):
+            def codegen(context, builder, signature, args):
+                word, half = ir.IntType(64), ir.IntType(32)
+                now = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
+                clock_gettime = cgutils.get_or_insert_function(
+                    builder.module, ir.FunctionType(half, [half, now.type]), "clock_gettime")
+                builder.call(clock_gettime, [half(clock), now])
+                seconds = builder.load(cgutils.gep_inbounds(builder, now, 0, 0))
+                rest = builder.load(cgutils.gep_inbounds(builder, now, 0, 1))
+                return builder.add(builder.mul(seconds, word(1_000_000_000)), rest)
+            return types.int64(), codegen
+        return read_clock
+
+    clock_ns = _read_clock(CLOCK_MONOTONIC)
+    """The clock of time.perf_counter_ns(), 25 to 35 ns a reading."""
+
+    thread_cpu_ns = _read_clock(CLOCK_THREAD_CPUTIME_ID)
+    """CPU time of the calling thread, as time.thread_time_ns(); a system call, so not for hot paths."""
+
+    @intrinsic
+    def count_trailing_zeros(typingctx, word):
+        """Number of the lowest set bit of a non-zero word."""
+        def codegen(context, builder, signature, args):
+            return builder.cttz(args[0], ir.IntType(1)(1))
+        return types.int64(types.int64), codegen
+
+    @intrinsic
+    def fill_bytes(typingctx, address, value, nbytes):
+        """memset(address, value, nbytes); returns 0."""
+        def codegen(context, builder, signature, args):
+            address, value, nbytes = args
+            pointer = builder.inttoptr(address, cgutils.voidptr_t)
+            memset = builder.module.declare_intrinsic("llvm.memset", [cgutils.voidptr_t, ir.IntType(64)])
+            builder.call(memset, [pointer, builder.trunc(value, ir.IntType(8)), nbytes, ir.IntType(1)(0)])
+            return ir.IntType(64)(0)
+        return types.int64(types.int64, types.int64, types.int64), codegen
+
+    @intrinsic
+    def load_word(typingctx, address):
+        """The 8 bytes at ``address``."""
+        def codegen(context, builder, signature, args):
+            return builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
+        return types.int64(types.int64), codegen
+
+    @jit
+    def bytes_are_zero(address, nbytes):
+        """Whether ``nbytes`` (a multiple of 8) from ``address`` are all 0; stops at the first that is not."""
+        for at in range(address, address + nbytes, 8):
+            if load_word(at) != 0:
+                return False
+        return True
+
+    @intrinsic
+    def prefetch_record(typingctx, array, i):
+        """Ask for the cache line where ``array[i]`` begins, to be read and written soon; returns 0."""
+        def codegen(context, builder, signature, args):
+            array_type = signature.args[0]
+            array = context.make_array(array_type)(context, builder, args[0])
+            pointer = builder.bitcast(builder.gep(array.data, [args[1]]), cgutils.voidptr_t)
+            half = ir.IntType(32)
+            prefetch = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, half, half, half]),
+                "llvm.prefetch.p0")
+            builder.call(prefetch, [pointer, half(1), half(3), half(1)])
+            return ir.IntType(64)(0)
+        return types.int64(array, types.int64), codegen

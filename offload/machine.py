@@ -1,0 +1,487 @@
+"""The fuse box: builds a machine from one frozen configuration, and is what users hold.
+
+Stands for what boot code and the system-call layer do around mm/: node set-up, process creation, isolation of the
+folios that a caller names, putting back what is left. The rules of migration are in ``migrate/``.
+"""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+
+from offload.copy_offload import CopyOffload
+from offload.errors import Busy, InvalidInput, NotSupported, OutOfMemory
+from offload.jit import jit_entry
+from offload.kernels.cpu import KERNELS
+from offload.migrate.pages import migrate_pages
+from offload.mm.frames import PLACEMENTS, Frames
+from offload.mm.memmap import (
+    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
+    MAPPING_SHMEM, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PLACE_HOST, PLACE_NOWHERE, SYS_DTYPE, VMA_DTYPE,
+    Memory, pack, page_folio, records, unpack,
+)
+from offload.mm.fault import lookup_page
+from offload.mm.node import (
+    build_free_areas, folio_isolate_lru, folio_putback_lru, fragment_node, free_node, free_reserved_pages,
+    lru_add_drain, node_stat_add_isolated,
+)
+from offload.mm.pagetable import PTRS, free_pgtables, pgd_alloc
+from offload.mm.process import File, Process
+from offload.mm.validate import validate
+from offload.syscalls import collect_folio_addresses, do_pages_move
+from offload.intrinsics import prefetch_record
+from offload.units import (
+    MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_mode, parse_reason, parse_size,
+)
+
+__all__ = ("Machine", "MachineConfig", "NodeConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeConfig:
+    """A node: ``pages`` base pages (0: no memory), with or without CPUs, its frames in ``placement``.
+
+    ``placement`` is "host" (bytes in host memory) or "nowhere" (metadata only: nothing can be read, written or
+    copied, a move moves metadata). A machine is one or the other throughout.
+    """
+
+    pages: int = 4096
+    cpus: bool = True
+    placement: str = "host"
+
+    def __post_init__(self):
+        if not isinstance(self.pages, int) or self.pages < 0:
+            raise InvalidInput(f"pages {self.pages!r} of a node is not a number of base pages; write 0 or more")
+        if self.placement not in PLACEMENTS:
+            raise InvalidInput(f"placement {self.placement!r} is not known here; use one of: {', '.join(PLACEMENTS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineConfig:
+    """What a machine is made of; checked when it is made.
+
+    ``batch_pages``: base pages at which migrate_pages() closes a batch (512 in mainline; the published results for
+    2 MiB folios need 262144). ``copy_kernel``: "plain" or "stream", for the copies that the migration path makes itself.
+    ``thp_migration``: whether PMD entries can migrate. ``poison``: fill fresh frames with 0xAA (slow; a missing copy
+    shows).
+    """
+
+    nodes: tuple = (NodeConfig(), NodeConfig())
+    batch_pages: int = NR_MAX_BATCHED_MIGRATION
+    copy_kernel: str = "plain"
+    thp_migration: bool = True
+    poison: bool = False
+
+    def __post_init__(self):
+        if not self.nodes:
+            raise InvalidInput("a machine needs at least one node")
+        if len(self.nodes) > 64:
+            raise InvalidInput(f"{len(self.nodes)} nodes are more than the 64 that a machine can have")
+        if len({node.placement for node in self.nodes}) > 1:
+            raise InvalidInput("nodes with and without bytes cannot be mixed; give all of them one placement")
+        if not isinstance(self.batch_pages, int) or self.batch_pages < 1:
+            raise InvalidInput(f"batch_pages {self.batch_pages!r} is not a number of base pages; mainline has 512")
+        if self.copy_kernel not in KERNELS:
+            raise InvalidInput(f"copy kernel {self.copy_kernel!r} is not known; use one of: {', '.join(KERNELS)}")
+
+
+class Machine:
+    """An emulated machine: nodes, processes, one migration path, one place for a migrator.
+
+    ``Machine(nodes=["1G", "1G"])`` or ``Machine(config)``; keyword arguments are the fields of MachineConfig, with
+    ``nodes`` as sizes, page counts, or NodeConfigs, and ``placement`` for nodes given as sizes. Raises InvalidInput for a
+    configuration that cannot be, OutOfMemory when this host cannot hold it.
+
+    Not thread safe. ``mem`` is its whole state; arrays in it are replaced when they grow, so do not keep them.
+    """
+
+    def __init__(self, config=None, *, nodes=None, placement="host", **fields):
+        if config is not None and (nodes is not None or fields):
+            raise InvalidInput("pass a MachineConfig or its fields, not both")
+        if config is None:
+            if nodes is not None:
+                fields["nodes"] = tuple(node_config(node, placement) for node in nodes)
+            config = MachineConfig(**fields)
+        self.config = config
+        self.processes = []
+        self._running = False
+        self._next_row = dict.fromkeys(("vmas", "anon_vmas", "avcs", "mappings", "mms", "others"), 1)
+        self._free_rows = {"vmas": [], "avcs": [], "mms": []}
+        self._held = {}
+        self._build(config)
+        self.offload = CopyOffload(self.mem)
+
+    def _build(self, config):
+        nodes = records(len(config.nodes), NODE_DTYPE)
+        pfn = FIRST_PFN
+        block = 1 << MAX_PAGE_ORDER
+        for node, given in zip(nodes, config.nodes):
+            node.start_pfn, node.nr_pages, node.cpus = pfn, given.pages, given.cpus
+            node.place = PLACE_NOWHERE if given.placement == "nowhere" else PLACE_HOST
+            pfn += -(-given.pages // block) * block
+        self.frames = None
+        if config.nodes[0].placement == "host":
+            self.frames = Frames(max(pfn - FIRST_PFN, 1))
+            nodes.frames[:] = self.frames.address
+        free_areas, free_bits = build_free_areas(nodes)
+        sys = records(1, SYS_DTYPE)
+        sys.nr_nodes = len(nodes)
+        sys.copy_kernel = KERNELS.index(config.copy_kernel)
+        sys.poison, sys.thp_migration = config.poison, config.thp_migration
+        sys.nr_tables = 1
+        try:
+            folios, orders = records(pfn, FOLIO_DTYPE), np.zeros(pfn, np.uint8)
+        except MemoryError:
+            raise OutOfMemory(f"no room for the memmap of {format_size(pfn * PAGE_SIZE)} of nodes "
+                              f"({format_size(pfn * FOLIO_DTYPE.itemsize)}) on this host; make the nodes smaller") from None
+        self._set_mem(Memory(
+            folios, orders, nodes, free_areas, free_bits, np.zeros(64 * PTRS, np.int64), records(8, MM_DTYPE),
+            records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE), records(8, MAPPING_DTYPE),
+            np.zeros(1, np.int64), records(1, OTHERS_DTYPE), np.zeros(LRU_BATCH_SIZE, np.int64), sys))
+        for nid in range(len(nodes)):
+            free_node(self.table, nid)
+
+    def _set_mem(self, mem):
+        self.mem, self.table = mem, pack(mem)
+
+    # --- processes and files ----------------------------------------------------------------------------------
+
+    def process(self, name=None):
+        """A new process without memory."""
+        self.check_idle()
+        mm = self.new_row("mms")
+        self.reserve_tables(0)
+        self.mem.mms[mm].pgd = pgd_alloc(self.table)
+        process = Process(self, mm, name or f"p{mm}")
+        self.processes.append(process)
+        return process
+
+    def file(self, size, *, kind="file", aops="filemap"):
+        """A file of ``size`` bytes ("16M"), empty page cache. ``kind``: "file" or "shmem".
+
+        ``aops``: its mapping's migrate callback, "filemap" (private data goes along) or "migrate_folio"; shmem has
+        migrate_folio always.
+        """
+        self.check_idle()
+        if kind not in ("file", "shmem"):
+            raise InvalidInput(f"kind {kind!r} of file is not supported; use 'file' or 'shmem'")
+        if aops not in AOPS_NAMES:
+            raise NotSupported(f"aops {aops!r} is not supported yet; use one of: {', '.join(AOPS_NAMES)}")
+        nr_pages = parse_size(size) // PAGE_SIZE
+        mapping = self.new_row("mappings")
+        row = self.mem.mappings[mapping]
+        row.kind = MAPPING_FILE if kind == "file" else MAPPING_SHMEM
+        row.aops = AOPS_NAMES["migrate_folio" if kind == "shmem" else aops]
+        row.slots, row.nr_slots = len(self.mem.slots), nr_pages
+        self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_pages, np.int64)))))
+        return File(self, mapping, kind, nr_pages)
+
+    # --- migration --------------------------------------------------------------------------------------------
+
+    def register(self, migrator, reasons="all"):
+        """Put a migrator on duty; see :meth:`offload.copy_offload.CopyOffload.register`."""
+        self.offload.register(migrator, reasons)
+
+    def unregister(self, migrator):
+        """Take it off duty; see :meth:`offload.copy_offload.CopyOffload.unregister`."""
+        self.offload.unregister(migrator)
+
+    def migrate_pages(self, folios, nid, *, mode="MIGRATE_ASYNC", reason="compaction", pf_memalloc=False, events=(),
+                      time_copies=True):
+        """Isolate ``folios`` (head pfns), migrate them to node ``nid``, put back what stays. The MigrateResult.
+
+        Order is list order. A folio that is on no LRU cannot be isolated: InvalidInput, and nothing has happened.
+        ``mode`` and ``reason`` by kernel name. Raises as :func:`offload.migrate.pages.migrate_pages`; what is left has
+        been put back then too.
+        """
+        folios = self.isolate(folios)
+        calls = []
+        try:
+            return self.migrate_isolated(folios, nid, mode=mode, reason=reason, pf_memalloc=pf_memalloc, events=events,
+                                         time_copies=time_copies, into=calls)
+        except InvalidInput:
+            if not calls:
+                self.putback(folios)
+            raise
+
+    def migrate_isolated(self, folios, nid, *, mode, reason, pf_memalloc=False, events=(), time_copies=True, into=None,
+                         putback=True):
+        """As migrate_pages(), for folios that the caller has isolated. ``into``: list that gets the result, also when
+        it raises. ``putback`` False leaves what is left isolated (``.left``)."""
+        mode, reason = parse_mode(mode), parse_reason(reason)
+        self.check_nid(nid)
+        self.check_idle()
+        self._running = True
+        try:
+            result = migrate_pages(self.mem, self.table, self.offload, folios, mode=mode, reason=reason, target=nid,
+                                   batch_pages=self.config.batch_pages, pf_memalloc=pf_memalloc, events=events,
+                                   time_copies=time_copies)
+        except BaseException as error:
+            result = getattr(error, "result", None)
+            raise
+        finally:
+            self._running = False
+            if result is not None:
+                if into is not None:
+                    into.append(result)
+                if putback:
+                    self.putback(result.left)
+        return result
+
+    def move_pages(self, process, addresses, nids, *, move_all=False, events=()):
+        """move_pages(2) with MPOL_MF_MOVE, or MOVE_ALL: the page at each address to its node, or all to one.
+
+        Returns an :class:`offload.syscalls.MoveResult`. The second address of a folio gets -EBUSY, as in the kernel.
+        """
+        self.check_idle()
+        addresses = np.ascontiguousarray(addresses, np.int64)
+        nids = np.ascontiguousarray(np.broadcast_to(np.asarray(nids, np.int64), addresses.shape))
+        return do_pages_move(self, process, addresses, nids, move_all=move_all, events=events)
+
+    def isolate(self, folios):
+        """Take folios off their LRU, a reference each: int64 pfns in the order given. InvalidInput if one cannot be."""
+        self.check_idle()
+        folios = np.ascontiguousarray(folios, np.int64)
+        if folios.ndim != 1 or len(folios) and not FIRST_PFN <= folios.min() <= folios.max() < len(self.mem.folios):
+            raise InvalidInput(f"folios are no list of pfns of this machine ({FIRST_PFN} to {len(self.mem.folios) - 1})")
+        self.lru_add_drain()
+        nr = isolate_folios(self.table, folios)
+        if nr < len(folios):
+            putback_folios(self.table, folios[:nr])
+            raise InvalidInput(f"folio {folios[nr]} cannot be isolated: it is on no LRU (free, named twice, or a tail page)")
+        return folios
+
+    def putback(self, folios):
+        """Give isolated folios back to their LRU (putback_movable_pages())."""
+        putback_folios(self.table, np.ascontiguousarray(folios, np.int64))
+
+    def lru_add_drain(self):
+        """Empty the per-CPU LRU batch, so that no folio is held by it."""
+        drain(self.table)
+
+    def lru_cache_disable(self):
+        """Drain the LRU batch and keep it empty until lru_cache_enable(); the two nest."""
+        self.mem.sys.lru_disabled += 1
+        self.lru_add_drain()
+
+    def lru_cache_enable(self):
+        self.mem.sys.lru_disabled -= 1
+
+    # --- looking ----------------------------------------------------------------------------------------------
+
+    def folio_addresses(self, process, ranges):
+        """Address of the first mapped page of each folio in ``ranges`` of (start, end), int64, in order."""
+        out = np.empty(1 << 16, np.int64)
+        found = []
+        for start, end in ranges:
+            while start < end:
+                nr, start = collect_folio_addresses(self.table, process.mm, start, end, out)
+                found.append(out[:nr].copy())
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def folios_of(self, process, address, length):
+        """Head pfns of the folios mapped in a range, in address order: int64."""
+        addresses = process.folio_addresses(address, length)
+        folios = np.empty(len(addresses), np.int64)
+        lookup_folios(self.table, process.mm, addresses, folios)
+        return folios
+
+    def node_of(self, process, address):
+        """Node of the page at ``address``, or None if no folio is mapped there."""
+        folio = np.zeros(1, np.int64)
+        lookup_folios(self.table, process.mm, np.array([address], np.int64), folio)
+        return int(self.mem.folios.nid[folio[0]]) if folio[0] else None
+
+    @property
+    def vmstat(self):
+        """The five migration counters of /proc/vmstat since the machine was built."""
+        sys = self.mem.sys[0]
+        return {name: int(sys[name]) for name in ("pgmigrate_success", "pgmigrate_fail", "thp_migration_success",
+                                                  "thp_migration_fail", "thp_migration_split")}
+
+    def free_pages(self, nid):
+        """Free base pages of a node."""
+        self.check_nid(nid)
+        return int(self.mem.nodes[nid].nr_free_pages)
+
+    def free_blocks(self, nid):
+        """Free blocks per order of a node, orders 0 to 10: the line of /proc/buddyinfo."""
+        self.check_nid(nid)
+        rows = slice(nid * (MAX_PAGE_ORDER + 1), (nid + 1) * (MAX_PAGE_ORDER + 1))
+        return [int(nr) for nr in self.mem.free_areas.nr_free[rows]]
+
+    def validate(self):
+        """Check that the books add up; BrokenInvariant with the pfns that disagree. Slow."""
+        self.check_idle()
+        validate(self)
+
+    # --- making things difficult ------------------------------------------------------------------------------
+
+    def fragment(self, nid, order):
+        """Take one page out of every free block larger than ``order``, so that no larger block is left.
+
+        The pages taken stand for unmovable kernel allocations; :meth:`defragment` frees them.
+        """
+        self.check_idle()
+        self.check_nid(nid)
+        if not 0 <= order < MAX_PAGE_ORDER:
+            raise InvalidInput(f"order {order!r} is out of range; use 0 to {MAX_PAGE_ORDER - 1}")
+        node = self.mem.nodes[nid]
+        held = np.empty(int(node.nr_pages) >> order + 1, np.int64)
+        nr = fragment_node(self.table, nid, order, held)
+        self._held.setdefault(nid, []).append(held[:nr].copy())
+
+    def defragment(self, nid):
+        """Free what fragment() holds on the node."""
+        for held in self._held.pop(nid, ()):
+            free_reserved_pages(self.table, held)
+
+    # --- rows and page tables, for the modules below ----------------------------------------------------------
+
+    def new_row(self, table):
+        """A zeroed row of one of Memory's tables; the array is replaced by a larger one when it is full."""
+        if self._free_rows.get(table):
+            row = self._free_rows[table].pop()
+        else:
+            row = self._next_row[table]
+            self._next_row[table] = row + 1
+        array = getattr(self.mem, table)
+        if row >= len(array):
+            larger = records(2 * len(array), array.dtype)
+            larger[:len(array)] = array
+            array = larger
+            self._set_mem(self.mem._replace(**{table: array}))
+        array[row] = np.zeros((), array.dtype)
+        return row
+
+    def reserve_tables(self, nbytes):
+        """Make sure that page tables for ``nbytes`` more of mappings can be had without growing an array."""
+        leaves = nbytes // (PTRS * PAGE_SIZE) + 2
+        need = int(self.mem.sys.nr_tables[0]) + leaves + leaves // PTRS + 8
+        if need * PTRS > len(self.mem.tables):
+            tables = np.zeros(max(need * PTRS, 2 * len(self.mem.tables)), np.int64)
+            tables[:len(self.mem.tables)] = self.mem.tables
+            self._set_mem(self.mem._replace(tables=tables))
+
+    def new_anon_vma(self):
+        return self.new_row("anon_vmas")
+
+    def link_anon_vma(self, vma, anon_vma, *, owner=True):
+        """Make folios of ``anon_vma`` findable in ``vma`` (anon_vma_chain_link()); new ones belong to the owner's."""
+        avc = self.new_row("avcs")
+        link = self.mem.avcs[avc]
+        link.vma, link.anon_vma = vma, anon_vma
+        link.next_of_vma, self.mem.vmas[vma].first_avc = self.mem.vmas[vma].first_avc, avc
+        link.next_of_anon_vma, self.mem.anon_vmas[anon_vma].first_avc = self.mem.anon_vmas[anon_vma].first_avc, avc
+        if owner:
+            self.mem.vmas[vma].anon_vma = anon_vma
+
+    def anon_vmas_of(self, vma):
+        """The anon_vmas that a vma is linked to."""
+        found = []
+        avc = int(self.mem.vmas[vma].first_avc)
+        while avc:
+            found.append(int(self.mem.avcs[avc].anon_vma))
+            avc = int(self.mem.avcs[avc].next_of_vma)
+        return found
+
+    def unlink_vma(self, vma):
+        """Take a vma out of the reverse map and free its row."""
+        mem = self.mem
+        row = mem.vmas[vma]
+        if row.mapping:
+            unchain(mem.mappings, int(row.mapping), "first_vma", mem.vmas, "next_in_mapping", vma)
+        avc = int(row.first_avc)
+        while avc:
+            link = mem.avcs[avc]
+            unchain(mem.anon_vmas, int(link.anon_vma), "first_avc", mem.avcs, "next_of_anon_vma", avc)
+            self._free_rows["avcs"].append(avc)
+            avc = int(link.next_of_vma)
+        self._free_rows["vmas"].append(vma)
+
+    def free_mm(self, mm):
+        free_pgtables(self.table, mm)
+        self.mem.mms[mm].pgd = 0
+        self._free_rows["mms"].append(mm)
+
+    # --- checks -----------------------------------------------------------------------------------------------
+
+    def check_idle(self):
+        """Busy while a migration runs: what others do then is an Event between two of its steps."""
+        if self._running:
+            raise Busy("a migration is running; what others do meanwhile is an offload.Event placed between its steps")
+
+    def check_nid(self, nid):
+        if isinstance(nid, bool) or not isinstance(nid, (int, np.integer)) or not 0 <= nid < len(self.mem.nodes):
+            raise InvalidInput(f"node {nid!r} is not there; this machine has nodes 0 to {len(self.mem.nodes) - 1}")
+        if self.mem.nodes.nr_pages[nid] == 0:
+            raise InvalidInput(f"node {nid} has no memory; use another")
+
+    def check_frames(self, what):
+        if self.frames is None:
+            raise NotSupported(f"this machine is metadata only (placement 'nowhere'): it cannot {what}")
+
+    @contextlib.contextmanager
+    def migrator(self, migrator, reasons="all"):
+        """Have ``migrator`` on duty inside a with block."""
+        self.register(migrator, reasons)
+        try:
+            yield migrator
+        finally:
+            self.unregister(migrator)
+
+
+def node_config(node, placement):
+    """A NodeConfig from a size ("1G"), a number of pages, or itself."""
+    if isinstance(node, NodeConfig):
+        return node
+    if isinstance(node, int) and not isinstance(node, bool):
+        return NodeConfig(node, placement=placement)
+    return NodeConfig(parse_size(node, what="node") // PAGE_SIZE, placement=placement)
+
+
+def unchain(heads, head, first, links, following, which):
+    """Take ``which`` out of the singly linked list that begins at ``heads[head][first]``."""
+    at = int(heads[head][first])
+    if at == which:
+        heads[head][first] = links[which][following]
+        return
+    while int(links[at][following]) != which:
+        at = int(links[at][following])
+    links[at][following] = links[which][following]
+
+
+# --- entries into compiled code -------------------------------------------------------------------------------
+
+@jit_entry
+def isolate_folios(mem_table, pfns):
+    """Isolate folios with NR_ISOLATED, in order, up to the first that cannot be; returns how many were."""
+    mem = unpack(mem_table)
+    for i in range(len(pfns)):
+        if i + 8 < len(pfns):
+            prefetch_record(mem.folios, pfns[i + 8])
+        if mem.folios[pfns[i]].refcount == 0 or not folio_isolate_lru(mem, pfns[i]):
+            return i
+        node_stat_add_isolated(mem, pfns[i], 1)
+    return len(pfns)
+
+
+@jit_entry
+def putback_folios(mem_table, pfns):
+    mem = unpack(mem_table)
+    for i in range(len(pfns)):
+        folio_putback_lru(mem, pfns[i])
+
+
+@jit_entry
+def drain(mem_table):
+    lru_add_drain(unpack(mem_table))
+
+
+@jit_entry
+def lookup_folios(mem_table, mm, addresses, out):
+    """Head pfn of the folio mapped at each address, or 0."""
+    mem = unpack(mem_table)
+    for i in range(len(addresses)):
+        entry, value, page = lookup_page(mem, mm, addresses[i])
+        out[i] = page_folio(mem, page) if page else 0

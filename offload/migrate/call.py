@@ -1,0 +1,152 @@
+"""One call of migrate_pages() as data, so that it can stop between any two steps and be taken up again.
+
+The kernel keeps the state of a call in the local variables of four nested functions. Ours are the same
+functions, but each keeps its locals, under the same names, in the one record of :class:`Call`, together with the
+place where it stands (``*_at``). A compiled function returns 0 when it is through, or one of the STOP_* numbers
+when Python must act first: make the batch copy, run an event. Called again, it goes on where it stood.
+
+The lists of the kernel (from, ret_folios, split_folios ...) are stretches of one array, in list order.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from offload.jit import jit_inline
+from offload.mm.memmap import make_unpack, records
+from offload.units import HPAGE_PMD_NR
+
+__all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "make_call", "unpack_call", "list_add_tail")
+
+# --- why a compiled function came back ------------------------------------------------------------------------
+
+DONE = 0
+STOP_OFFLOAD_COPY = 1       # the batch list is unmapped and flushed: somebody at the hatch must copy it
+STOP_STEP = 2               # an event is wanted at step ``step`` of folio ``step_folio``
+
+# --- the steps between which events can be placed; bits of ``stop_mask`` --------------------------------------
+
+STEP_UNMAP = 1 << 0         # before a folio is unmapped (each attempt)
+STEP_UNMAPPED = 1 << 1      # a folio has been unmapped; its destination is allocated and locked
+STEP_FLUSH = 1 << 2         # all that can be is unmapped; before the TLB flush
+STEP_FLUSHED = 1 << 3       # after the flush, before the batch copy
+STEP_BATCH_COPIED = 1 << 4  # after the batch copy (where there is none: after the flush), before any move
+STEP_MOVE = 1 << 5          # before a move attempt
+STEP_COPIED = 1 << 6        # in a move: references checked, contents copied; before the mapping is replaced
+STEP_MOVED = 1 << 7         # a folio has been moved, its page-table entries point to the destination
+STEP_MOVE_FAILED = 1 << 8   # a move attempt has failed with -EAGAIN; the folio stays unmapped
+STEP_UNDO = 1 << 9          # before a folio's migration is undone, after its last attempt
+
+STEPS = {
+    "unmap": STEP_UNMAP, "unmapped": STEP_UNMAPPED, "flush": STEP_FLUSH, "flushed": STEP_FLUSHED,
+    "batch_copied": STEP_BATCH_COPIED, "move": STEP_MOVE, "copied": STEP_COPIED, "moved": STEP_MOVED,
+    "move_failed": STEP_MOVE_FAILED, "undo": STEP_UNDO,
+}
+
+# --- the lists ------------------------------------------------------------------------------------------------
+
+L_FROM = 0                  # what the caller handed in and no batch has taken yet; at the end what is left
+L_BATCH = 1                 # the folios of the current batch
+L_BACK = 2                  # sync: what the asynchronous stage gave back
+L_ONE = 3                   # sync: the folio tried on its own
+L_RET = 4                   # to be given back to the caller
+L_SPLIT = 5                 # pieces of folios split on the way, to be tried once
+NR_LISTS = 6
+
+LIST_DTYPE = np.dtype([("first", np.int64), ("nr", np.int64)], align=True)
+"""A list: where it begins in Call.pfns, how many folios are on it."""
+
+CALL_DTYPE = np.dtype([(name, np.int64) for name in (
+    # the arguments
+    "mode", "reason", "target", "pf_memalloc", "batch_pages", "stop_mask", "time_copies",
+    # migrate_pages()
+    "pages_at", "from_at", "rc", "total", "hang", "interrupted",
+    # migrate_pages_sync(): its stage, and the counters as they were before it
+    "sync_at", "sync_i", "sync_failed", "nr_failed_pages_before", "nr_thp_failed_before", "nr_thp_split_before",
+    "nr_split_before",
+    # migrate_pages_batch()
+    "batch_at", "batch_mode", "batch_from", "batch_ret", "batch_split", "passes", "pass_", "in_pass", "i", "kept",
+    "offload", "retry", "thp_retry", "retry_pages", "failed", "saved", "batch_rc",
+    # the folio in hand: migrate_folio_unmap(), migrate_folio_move()
+    "dst", "since", "move_at", "old_page_state", "anon_vma", "was_queued", "was_partial",
+    # pairs of the current batch, see Call
+    "nr_batch", "nr_single", "pair_size",
+    # where an event is wanted
+    "step", "step_folio", "step_passed",
+    # the result: struct migrate_pages_stats and what only we count
+    "nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split",
+    "targets_allocated", "targets_returned", "tlb_flushes",
+    "copied_folios", "batched_folios", "moved_with_copy", "copied_bytes", "moved_bytes", "nr_batches",
+    "unmap_ns", "flush_ns", "copy_ns", "move_ns", "move_copy_ns", "phase_started", "nr_blocked",
+)], align=True)
+
+
+class Call(NamedTuple):
+    """A running call. ``pair_*`` hold the unmapped folios of the batch, in the order of unmapping.
+
+    Rows 0 .. nr_batch-1 are the batch list (those that will be copied through the hatch), rows ``pair_size`` ..
+    ``pair_size + nr_single - 1`` the single list. A finished pair keeps its row and has ``pair_src`` 0.
+    """
+
+    state: np.recarray          # CALL_DTYPE, one row
+    lists: np.recarray          # LIST_DTYPE, NR_LISTS rows
+    pfns: np.ndarray            # int64, the lists themselves
+    pair_src: np.ndarray        # int64
+    pair_dst: np.ndarray        # int64
+    pair_order: np.ndarray      # uint8
+    pair_done: np.ndarray       # uint8: the batch copy's completions
+    pair_since: np.ndarray      # int64, ns: when the folio lost its first mapping
+    blocked_ns: np.ndarray      # int64: per folio given its mapping back, in that order; nr_blocked of them
+
+
+unpack_call = make_unpack(Call, Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int64, np.int64, np.uint8, np.uint8,
+                                     np.int64, np.int64))
+
+
+def make_call(pfns, *, mode, reason, target, batch_pages, nr_pages):
+    """A call that has not begun, for isolated folios ``pfns`` (int64, list order) of ``nr_pages`` base pages in all."""
+    nr = len(pfns)
+    pair_size = min(nr_pages, batch_pages + HPAGE_PMD_NR)       # a batch ends with the folio that fills it
+    sizes = (nr, pair_size, pair_size, 1, nr_pages, pair_size)
+    lists = records(NR_LISTS, LIST_DTYPE)
+    lists.first[:] = np.cumsum((0, *sizes[:-1]))
+    state = records(1, CALL_DTYPE)
+    state.mode, state.reason, state.target, state.batch_pages = mode, reason, target, batch_pages
+    state.pair_size = pair_size
+    call = Call(state, lists, np.zeros(sum(sizes), np.int64), *(
+        np.zeros(2 * pair_size, dtype) for dtype in (np.int64, np.int64, np.uint8, np.uint8, np.int64)),
+        np.zeros(nr_pages, np.int64))
+    call.pfns[:nr] = pfns
+    lists.nr[L_FROM] = nr
+    return call
+
+
+@jit_inline
+def list_add_tail(call, which, pfn):
+    """Append a folio to a list (list_move_tail(); whoever takes it off another list does that himself)."""
+    at = call.lists[which]
+    call.pfns[at.first + at.nr] = pfn
+    at.nr += 1
+
+
+@jit_inline
+def step_before(call, step, folio):
+    """Whether to stop for an event before this step. Asked again when the call is taken up, it then says no."""
+    c = call.state[0]
+    if c.stop_mask & step == 0:
+        return False
+    if c.step_passed == step:
+        c.step_passed = 0
+        return False
+    c.step, c.step_folio, c.step_passed = step, folio, step
+    return True
+
+
+@jit_inline
+def step_after(call, step, folio):
+    """Whether to stop for an event after this step; the caller must stand behind it already."""
+    c = call.state[0]
+    if c.stop_mask & step == 0:
+        return False
+    c.step, c.step_folio = step, folio
+    return True

@@ -1,0 +1,249 @@
+"""migrate_pages(): cut the list into batches, migrate each, give back what is left, add up.
+
+Stands for migrate_pages() of mm/migrate.c (v7.3) and its tracepoints. Leaves out hugetlb. The compiled part runs until it is
+done or until Python must act; :func:`migrate_pages` is the Python part, which makes the batch copies and runs events.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+
+from offload.copy_offload import FolioBatch
+from offload.errors import InvalidInput, WouldHang
+from offload.jit import jit, jit_entry
+from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
+from offload.migrate.call import (
+    DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, list_add_tail, make_call, unpack_call,
+)
+from offload.mm.memmap import folio_nr_pages, pack, unpack
+from offload.units import MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
+
+__all__ = ("migrate_pages", "MigrateResult", "Event")
+
+# Where a call stands, in ``call.state.pages_at``.
+PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END = range(4)
+
+
+@jit_entry
+def migrate_pages_run(mem_table, call_table):
+    """Take a call up where it stands. 0 when it is through, or a STOP_* number."""
+    mem = unpack(mem_table)
+    call = unpack_call(call_table)
+    c = call.state[0]
+    while True:
+        if c.pages_at == PAGES_CUT:
+            cut_batch(mem, call)
+            if c.mode == MIGRATE_ASYNC:
+                batch_begin(mem, call, MIGRATE_ASYNC, L_BATCH, L_RET, L_SPLIT, NR_MAX_MIGRATE_PAGES_RETRY)
+            else:
+                sync_begin(mem, call)
+            c.pages_at = PAGES_BATCH
+        elif c.pages_at == PAGES_BATCH:
+            stop = migrate_pages_batch(mem, call) if c.mode == MIGRATE_ASYNC else migrate_pages_sync(mem, call)
+            if stop:
+                return stop
+            move_list(call, L_BATCH, L_RET)
+            if c.batch_rc < 0:
+                c.total = c.batch_rc
+                move_list(call, L_SPLIT, L_RET)     # pieces not tried, not counted
+                c.pages_at = PAGES_END
+                continue
+            c.total += c.batch_rc
+            if call.lists[L_SPLIT].nr:              # pieces are tried once, whatever the mode
+                batch_begin(mem, call, MIGRATE_ASYNC, L_SPLIT, L_RET, -1, 1)
+                c.pages_at = PAGES_SPLIT
+            else:
+                c.pages_at = next_batch(call)
+        elif c.pages_at == PAGES_SPLIT:
+            stop = migrate_pages_batch(mem, call)
+            if stop:
+                return stop
+            move_list(call, L_SPLIT, L_RET)
+            c.pages_at = next_batch(call)
+        else:
+            finish(mem, call)
+            return DONE
+
+
+@jit
+def next_batch(call):
+    """Where to go after a batch: to the next one, unless nothing is left or Python wants to end the call."""
+    c = call.state[0]
+    return PAGES_CUT if c.from_at < call.lists[L_FROM].nr and c.interrupted == 0 else PAGES_END
+
+
+@jit
+def cut_batch(mem, call):
+    """Move the head of the list to L_BATCH: folios up to the one with which the pages reach the batch limit."""
+    c = call.state[0]
+    frm = call.lists[L_FROM]
+    nr_pages = 0
+    while c.from_at < frm.nr and nr_pages < c.batch_pages:
+        src = call.pfns[frm.first + c.from_at]
+        nr_pages += folio_nr_pages(mem, src)
+        list_add_tail(call, L_BATCH, src)
+        c.from_at += 1
+
+
+@jit
+def move_list(call, which, to):
+    """Append all of one list to another (list_splice_tail_init())."""
+    frm = call.lists[which]
+    for i in range(frm.nr):
+        list_add_tail(call, to, call.pfns[frm.first + i])
+    frm.nr = 0
+
+
+@jit
+def finish(mem, call):
+    """Freeze the counters: what is left decides the return value, vmstat gets its share."""
+    c = call.state[0]
+    for i in range(c.from_at, call.lists[L_FROM].nr):
+        list_add_tail(call, L_RET, call.pfns[call.lists[L_FROM].first + i])
+    c.rc = c.total if call.lists[L_RET].nr else 0
+    sys = mem.sys[0]
+    sys.pgmigrate_success += c.nr_succeeded
+    sys.pgmigrate_fail += c.nr_failed_pages
+    sys.thp_migration_success += c.nr_thp_succeeded
+    sys.thp_migration_fail += c.nr_thp_failed
+    sys.thp_migration_split += c.nr_thp_split
+
+
+STATS = ("nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split")
+
+
+# --- the Python part ------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that others do between two steps of a call.
+
+    ``step`` is one of :data:`STEPS` (``"unmapped"``, ``"copied"`` ...); ``action(step, pfn)`` is called each time the
+    call stands at that step with folio ``pfn`` (0 where the step is the whole batch's). ``folio`` restricts it to one
+    pfn. It may change the machine's memory, not use a process.
+    """
+
+    step: str
+    action: object
+    folio: int | None = None
+
+    def __post_init__(self):
+        if self.step not in STEPS:
+            raise InvalidInput(f"step {self.step!r} is not known; use one of: {', '.join(STEPS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MigrateResult:
+    """What one migrate_pages() call did.
+
+    ``rc`` is the kernel's return value: 0, the number of folios left behind, or -ENOMEM. ``left`` are the pfns (int64)
+    still on the list, in list order. ``stats`` are the six counters by kernel name: base pages for nr_succeeded and
+    nr_failed_pages, folios for the others. ``targets`` counts destinations allocated (failed ones too) and returned
+    unused. ``copies``: folio copies completed, those by the batch copy, and those whose bytes were thrown away.
+    ``copied_bytes`` were written by copies, ``moved_bytes`` belong to folios that arrived. Times are ns of wall clock:
+    ``phases_ns`` adds up over batches (``move`` without the copies made in it, if those were timed; they are in
+    ``copy``), ``blocked_ns`` (int64, in the order of unblocking) is per folio from losing its first mapping to
+    having the last back, successful or not at first. ``cpu_ns`` is the mover's own thread; the trace lines are the
+    kernel's.
+    """
+
+    rc: int
+    mode: MigrateMode
+    reason: MigrateReason
+    left: np.ndarray
+    stats: dict
+    targets: dict
+    tlb_flushes: int
+    nr_batches: int
+    copies: dict
+    copied_bytes: int
+    moved_bytes: int
+    phases_ns: dict
+    blocked_ns: np.ndarray
+    wall_ns: int
+    cpu_ns: int
+
+    @property
+    def trace(self):
+        """The two lines of events/migrate.h, as the kernel prints them."""
+        tail = f"mode={self.mode.name} reason={self.reason.trace_name}"
+        s = self.stats
+        return (f"mm_migrate_pages_start: {tail}",
+                f"mm_migrate_pages: nr_succeeded={s['nr_succeeded']} nr_failed={s['nr_failed_pages']} "
+                f"nr_thp_succeeded={s['nr_thp_succeeded']} nr_thp_failed={s['nr_thp_failed']} "
+                f"nr_thp_split={s['nr_thp_split']} nr_split={s['nr_split']} {tail}")
+
+
+def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_pages, pf_memalloc=False, events=(),
+                  time_copies=True):
+    """Migrate isolated folios to node ``target``; the MigrateResult. Does not put back what is left.
+
+    ``pfns``: int64 heads of isolated, distinct folios, in list order. ``offload``: the CopyOffload. With
+    ``time_copies`` each copy made in the move phase is timed by two more clock readings.
+
+    Whatever an event or a migrator raises is raised again, after the batch in hand has been finished without either
+    and the rest was left untried: no folio stays unmapped and nothing is lost. WouldHang is raised likewise where the
+    kernel would sleep for ever. ``.result`` of the exception then holds the MigrateResult.
+    """
+    nr_pages = int((1 << mem.folios.order[pfns].astype(np.int64)).sum())
+    call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=batch_pages, nr_pages=nr_pages)
+    state = call.state
+    state.pf_memalloc, state.time_copies = pf_memalloc, time_copies
+    state.stop_mask = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])
+    call_table = pack(call)
+    error = None
+    wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+    while (stop := migrate_pages_run(mem_table, call_table)) != DONE:
+        try:
+            if stop == STOP_OFFLOAD_COPY:
+                if error is None:
+                    offload_copy(mem, call, offload)
+            else:
+                run_events(events, int(state.step[0]), int(state.step_folio[0]))
+        except BaseException as raised:             # KeyboardInterrupt too: first finish what is unmapped
+            error = raised
+            state.stop_mask, state.interrupted = 0, 1
+    wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
+
+    result = make_result(call, wall, cpu)
+    if error is None and state.hang[0]:
+        error = WouldHang(f"the kernel would sleep for ever on folio {state.hang[0]}: its lock or writeback is never "
+                          f"released; the folio was left behind")
+    if error is not None:
+        error.result = result
+        raise error
+    return result
+
+
+def run_events(events, step, pfn):
+    for event in events:
+        if STEPS[event.step] == step and event.folio in (None, pfn):
+            event.action(event.step, pfn)
+
+
+def offload_copy(mem, call, offload):
+    """Hand the batch list to the hatch; its completions are left in ``call.pair_done``."""
+    nr = int(call.state.nr_batch[0])
+    dst, src, order, done = call.pair_dst[:nr], call.pair_src[:nr], call.pair_order[:nr], call.pair_done[:nr]
+    if mem.others.copy_error.any():
+        # A CPU routine meets the machine check at the first such folio and stops, with what it has copied before.
+        unreadable = np.flatnonzero(mem.others.copy_error[mem.folios.others[src]])
+        nr = unreadable[0] if len(unreadable) else nr
+    offload.offload_copy(FolioBatch(dst[:nr], src[:nr], order[:nr], int(mem.nodes.frames[0])), done[:nr])
+
+
+def make_result(call, wall_ns, cpu_ns):
+    c, left = call.state[0], call.lists[L_RET]
+    return MigrateResult(
+        rc=int(c.rc), mode=MigrateMode(c.mode), reason=MigrateReason(c.reason),
+        left=call.pfns[left.first:left.first + left.nr].copy(),
+        stats={name: int(c[name]) for name in STATS},
+        targets={"allocated": int(c.targets_allocated), "returned": int(c.targets_returned)},
+        tlb_flushes=int(c.tlb_flushes), nr_batches=int(c.nr_batches),
+        copies={"folios": int(c.copied_folios), "batched": int(c.batched_folios),
+                "discarded": int(c.copied_folios - c.moved_with_copy)},
+        copied_bytes=int(c.copied_bytes), moved_bytes=int(c.moved_bytes),
+        phases_ns={"unmap": int(c.unmap_ns), "flush": int(c.flush_ns), "copy": int(c.copy_ns + c.move_copy_ns),
+                   "move": int(c.move_ns - c.move_copy_ns)},
+        blocked_ns=call.blocked_ns[:c.nr_blocked].copy(), wall_ns=wall_ns, cpu_ns=cpu_ns)

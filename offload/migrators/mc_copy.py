@@ -1,0 +1,25 @@
+"""mc_copy: the batch copy on the calling thread, one folio after the other.
+
+Stands for migrate_folios_mc_copy(), the CPU routine of RFC v6 4/5 (not merged): the default target of the hatch and
+the reference for all other migrators.
+"""
+
+from offload.kernels.base import CopyPlan
+from offload.kernels.cpu import CpuBackend
+
+__all__ = ("McCopy",)
+
+
+class McCopy:
+    """Copies with ``kernel`` ("plain" or "stream") on the calling thread; every folio copied is done."""
+
+    name = "mc_copy"
+
+    def __init__(self, kernel="plain"):
+        self.backend = CpuBackend(kernel)
+
+    def offload_copy(self, batch, done):
+        return self.backend.copy(CopyPlan(batch.frames, batch.frames, batch.dst, batch.src, batch.order), done)
+
+    def close(self):
+        self.backend.close()
