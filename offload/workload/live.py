@@ -26,7 +26,9 @@ does not show per page or which have no use here.
 """
 
 import contextlib
+import dataclasses
 import datetime
+import errno
 import fcntl
 import os
 import re
@@ -113,17 +115,24 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
         files = _Files(stack, pid, notes, want_bytes=not layout_only)
         status = files.status()
         vmas = _read_vmas(files, notes)
-        layout = _read_layout(files, vmas, notes)
-        folios, torn = _find_folios(files, vmas, layout, notes)
-        data, counts = _read_data(files, layout, torn, folios, layout_only, max_bytes, progress)
+        pages, skipped = _read_layout(files, vmas, notes)
+        frames = _read_frames(files, vmas, pages, notes)
+        numbers = _number_pages(vmas, pages, frames)
+        folios = _find_folios(files, vmas, pages, frames, numbers, notes)
+        reading = _read_data(files, pages, numbers, frames, layout_only, max_bytes, progress)
         _note_new_mappings(files, vmas, notes)
-    folios.setflags(write=False)
+    _mark_folios(folios, reading)
+    for array in (folios, reading.data):
+        if array is not None:
+            array.setflags(write=False)
     return Snapshot(
         pid=pid, comm=status["Name"], taken=taken, kernel=os.uname().release,
-        vmas=tuple(vmas), folios=folios, data=data, nr_pages=layout.nr_pages,
+        vmas=tuple(vmas), folios=folios, data=reading.data, nr_pages=numbers.nr_pages,
         vm_pin_kib=_kib(status.get("VmPin")), vm_lck_kib=_kib(status.get("VmLck")),
-        vm_swap_kib=_kib(status.get("VmSwap")), folio_sizes_known=layout.frames_known,
-        read_ns=time.perf_counter_ns() - begun_ns, skipped=layout.skipped, notes=tuple(notes), **counts)
+        vm_swap_kib=_kib(status.get("VmSwap")), folio_sizes_known=frames is not None,
+        read_ns=time.perf_counter_ns() - begun_ns,
+        nr_changed=int(np.count_nonzero(reading.changed)), nr_unreadable=int(np.count_nonzero(reading.unreadable)),
+        nr_vanished=int(np.count_nonzero(reading.vanished)), skipped=skipped, notes=tuple(notes))
 
 
 # --- the files -----------------------------------------------------------------------------------------------
@@ -182,6 +191,9 @@ class _Files:
             owner = os.stat(f"/proc/{self.pid}").st_uid
         except OSError:
             return self._absent()
+        if os.geteuid() == 0:
+            return NotPermitted(f"pid {self.pid} (uid {owner}) may not be read even by root here (/proc/PID/{name}); "
+                                f"run outside the container, or with CAP_SYS_PTRACE")
         if name == "mem":
             return NotPermitted(f"the bytes of pid {self.pid} (uid {owner}) may not be read by uid {os.geteuid()}, its "
                                 f"layout may; use --layout-only, or run as root (see kernel.yama.ptrace_scope)")
@@ -272,7 +284,8 @@ def _kib(text):
 # --- VMAs ----------------------------------------------------------------------------------------------------
 
 _SMAPS_HEAD = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (.{4}) ([0-9a-f]+) (\S+) (\d+) *(.*)")
-_SUMS = {b"KernelPageSize": "page_size", b"Rss": "rss_kib", b"Swap": "swap_kib", b"Locked": "locked_kib",
+_SUMS = {b"KernelPageSize": "page_size", b"Rss": "rss_kib", b"Shared_Hugetlb": "rss_kib",
+         b"Private_Hugetlb": "rss_kib", b"Swap": "swap_kib", b"Locked": "locked_kib",
          b"Shared_Dirty": "dirty_kib", b"Private_Dirty": "dirty_kib",
          b"AnonHugePages": "pmd_kib", b"ShmemPmdMapped": "pmd_kib", b"FilePmdMapped": "pmd_kib"}
 
@@ -403,59 +416,437 @@ def _note_new_mappings(files, vmas, notes):
 
 # --- which pages there are -----------------------------------------------------------------------------------
 
-class _Layout:
-    # One element per present page of the VMAs that are read, ascending in va.
-    #   va, word      its address and its pagemap word
-    #   vma           index of its VMA
-    #   is_zero       the zero page, or part of the huge one
-    #   is_pmd        a PMD (or a hugetlb entry) maps it
-    #   page          its row in the data: the same for pages that are one and the same, numbered by first appearance
-    #   is_first      the first appearance of its row
-    # and nr_pages, the number of rows; frames_known: pagemap words have frame numbers and kpageflags can be read;
-    # pmd_known: is_pmd and is_zero are the kernel's word.
-    pass
+@dataclasses.dataclass
+class _Pages:
+    # The present pages of the VMAs that are read, ascending in va; arrays of one element per page.
+    va: np.ndarray
+    word: np.ndarray                # of pagemap
+    vma: np.ndarray                 # index of the VMA
+    zero: np.ndarray                # PAGEMAP_SCAN says: the zero page, or part of the huge one
+    pmd: np.ndarray                 # PAGEMAP_SCAN says: mapped by a PMD, or hugetlb
+    scanned: bool                   # there is a PAGEMAP_SCAN; else zero and pmd are False throughout
 
 
 def _read_layout(files, vmas, notes):
-    layout = _Layout()
-    parts = []
-    layout.skipped = {}
-    layout.pmd_known = True
+    # The pages, and {kind: present pages} of what is skipped. Fills nr_present and nr_swapped of ``vmas`` in place.
+    parts, skipped, scanned = [], {}, True
     for number, vma in enumerate(vmas):
-        if vma.start >> 63:
-            continue                            # [vsyscall] is no page of the process
-        va, categories = None, None
-        if layout.pmd_known:
-            found = _scan_pages(files.pagemap, vma)
-            if found is None:
-                layout.pmd_known = False
-                notes.append("this kernel has no PAGEMAP_SCAN (Linux 6.7): which pages a PMD maps is worked out from "
-                             "sums, and zero pages at the end of a mapping may be missing")
-            else:
-                va, categories = found
-                word = _read_words(files.pagemap, va >> np.uint64(PAGE_SHIFT), 0)
-        if va is None:
-            va, word = _walk_pages(files.pagemap, vma)
-            categories = np.zeros(len(va), np.uint64)
+        if vma.start >> 63:                     # [vsyscall] is no page of the process
+            continue
+        found = _scan_pages(files.pagemap, vma) if scanned else None
+        if found is None:
+            if scanned:
+                scanned = False
+                notes.append("this kernel has no PAGEMAP_SCAN (Linux 6.7): what a PMD maps is worked out from sums, and "
+                             "zero pages may be missing")
+            found = _walk_pages(files.pagemap, vma)
+        va, word, categories = found
         present = word & _PM_PRESENT != 0
-        nr_swapped = int(np.count_nonzero(word[~present] & (_PM_SWAP | _PM_GUARD) == _PM_SWAP))
+        swapped = (word & (_PM_PRESENT | _PM_SWAP | _PM_GUARD)) == _PM_SWAP
         nr_present = int(np.count_nonzero(present))
-        object.__setattr__(vma, "nr_present", nr_present)
-        object.__setattr__(vma, "nr_swapped", nr_swapped)
+        vmas[number] = dataclasses.replace(vma, nr_present=nr_present, nr_swapped=int(np.count_nonzero(swapped)))
         if vma.kind in READ_KINDS:
-            parts.append((va[present], word[present], categories[present], np.full(nr_present, number, np.uint32)))
+            parts.append((va[present], word[present], np.full(nr_present, number, np.uint32), categories[present]))
         elif nr_present:
-            layout.skipped[vma.kind] = layout.skipped.get(vma.kind, 0) + nr_present
+            skipped[vma.kind] = skipped.get(vma.kind, 0) + nr_present
     files.check_alive()
-    layout.va = np.concatenate([part[0] for part in parts] or [np.empty(0, np.uint64)])
-    layout.word = np.concatenate([part[1] for part in parts] or [np.empty(0, np.uint64)])
-    categories = np.concatenate([part[2] for part in parts] or [np.empty(0, np.uint64)])
-    layout.vma = np.concatenate([part[3] for part in parts] or [np.empty(0, np.uint32)])
-    layout.is_zero = categories & np.uint64(_PAGE_IS_PFNZERO) != 0
-    layout.is_pmd = categories & np.uint64(_PAGE_IS_HUGE) != 0
-    layout.frames_known = files.kpageflags is not None
-    if layout.frames_known and len(layout.word) and not (layout.word & _PM_PFN).any():
-        layout.frames_known = False
+    va, word, vma_index, categories = (
+        np.concatenate([part[column] for part in parts] + [np.empty(0, dtype)])
+        for column, dtype in enumerate((np.uint64, np.uint64, np.uint32, np.uint8)))
+    return _Pages(va, word, vma_index, categories & _PAGE_IS_PFNZERO != 0, categories & _PAGE_IS_HUGE != 0,
+                  scanned), skipped
+
+
+def _scan_pages(pagemap, vma):
+    # (va, pagemap word, categories) of the present or swapped pages of a VMA, or None without a PAGEMAP_SCAN. Costs
+    # what the page tables cost, not what the mapping is long.
+    vec = np.empty((_SCAN_REGIONS, 3), np.uint64)
+    regions, at = [], vma.start
+    while at < vma.end:
+        arg = bytearray(_PM_SCAN_ARG.pack(
+            _PM_SCAN_ARG.size, 0, at, vma.end, 0, vec.ctypes.data, len(vec), 0,
+            0, 0, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED,
+            _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED | _PAGE_IS_PFNZERO | _PAGE_IS_HUGE))
+        try:
+            nr_regions = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, arg)
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EINVAL, errno.ENOSYS):
+                return None
+            raise
+        regions.append(vec[:nr_regions].copy())
+        walk_end = _PM_SCAN_ARG.unpack(arg)[4]
+        if walk_end <= at:
+            break
+        at = walk_end
+    start, end, categories = np.concatenate(regions).T if regions else np.empty((3, 0), np.uint64)
+    nr_pages = (end - start >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    va = np.repeat(start, nr_pages) + (_within(nr_pages) << PAGE_SHIFT).astype(np.uint64)
+    return va, _read_words(pagemap, va >> np.uint64(PAGE_SHIFT), 0), np.repeat(categories.astype(np.uint8), nr_pages)
+
+
+def _walk_pages(pagemap, vma):
+    # The same from pagemap alone, which has a word for every page a mapping could have: what smaps says is resident
+    # tells where to look, and when to stop.
+    wanted, found = (vma.rss_kib + vma.swap_kib) * 1024 // PAGE_SIZE, 0
+    parts = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
+    first, end = vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT
+    while first < end and found < wanted:
+        raw = _pread(pagemap, min(_WALK_PAGES, end - first) * 8, first * 8)
+        word = np.frombuffer(raw, np.uint64, len(raw) // 8)
+        index = np.flatnonzero(word & (_PM_PRESENT | _PM_SWAP))
+        parts.append((index.astype(np.uint64) + np.uint64(first) << np.uint64(PAGE_SHIFT), word[index]))
+        found += len(index)
+        first += _WALK_PAGES
+    va, word = (np.concatenate(column) for column in zip(*parts))
+    return va, word, np.zeros(len(va), np.uint8)
+
+
+def _within(lengths):
+    # 0, 1, .. for each of consecutive runs: [3, 2] as [0, 1, 2, 0, 1].
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+# --- which frames they are in --------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class _Frames:
+    # What root can see of the pages; arrays of one element per page.
+    pfn: np.ndarray
+    kpf: np.ndarray                 # of kpageflags
+    nr_mappings: np.ndarray         # of kpagecount
+    torn: np.ndarray                # pagemap and kpageflags contradict each other: taken as order 0, reported as changed
+
+
+def _read_frames(files, vmas, pages, notes):
+    # _Frames, or None where frame numbers or flags cannot be read.
+    if files.kpageflags is None:
+        return None
+    pfn = pages.word & _PM_PFN
+    if len(pfn) and not pfn.any():
         notes.append("folio sizes, flags and mapcounts cannot be read: /proc/PID/pagemap hides frame numbers without "
                      "CAP_SYS_ADMIN; every page is taken as order 0 unless a PMD is seen to map it")
-    return layout
+        return None
+    kpf = _read_frame_words(files.kpageflags, pfn, _KPF_NOPAGE)
+    nr_mappings = (_read_frame_words(files.kpagecount, pfn, 0) if files.kpagecount is not None
+                   else np.zeros(len(pfn), np.uint64))
+    return _Frames(pfn, kpf, nr_mappings, np.zeros(len(pfn), bool))
+
+
+def _read_frame_words(fd, pfn, past_end):
+    # Words of kpageflags or kpagecount for frames in any order.
+    ascending, where = np.unique(pfn, return_inverse=True)
+    return _read_words(fd, ascending, past_end)[where]
+
+
+def _tear(frames, torn):
+    # From here on these pages are base pages in frames of their own, numbered where no frame is.
+    index = np.flatnonzero(torn)
+    frames.torn[index] = True
+    frames.pfn[index] = index.astype(np.uint64) + np.uint64(1 << 60)
+    frames.kpf[index] = 0
+
+
+# --- which pages are the same --------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class _Numbers:
+    # Each page's row in the data. Pages that are one and the same share a row; rows are numbered by first appearance.
+    row: np.ndarray                 # one element per page
+    first: np.ndarray               # one element per row: the page that appears first, through which it is read
+    zero: np.ndarray                # one element per page: a zero page
+    nr_pages: int                   # rows
+
+
+def _number_pages(vmas, pages, frames):
+    # The same are: zero pages; pages of a file at the same offset (and in the same frame, where frames are known); and
+    # merged pages in the same frame. An anonymous page is always its own: it has one address in a process.
+    nr = len(pages.va)
+    same_as = np.arange(nr)                     # index of the first of the same pages
+
+    def share(mask, key):
+        index = np.flatnonzero(mask)
+        _, first, inverse = np.unique(key[index], return_index=True, return_inverse=True)
+        same_as[index] = index[first][inverse]
+
+    if frames is None:
+        zero, frame = pages.zero, np.zeros(nr, np.uint64)
+        share(zero, np.where(pages.pmd, (pages.va >> np.uint64(PAGE_SHIFT)) % np.uint64(HPAGE_PMD_NR) + np.uint64(1),
+                             np.uint64(0)))
+    else:
+        zero, frame = frames.kpf & _KPF_ZERO_PAGE != 0, frames.pfn
+        share(zero, frames.pfn)
+        share(frames.kpf & _KPF_KSM != 0, frames.pfn)
+    number, pgoff = _file_offsets(vmas, pages, by_path=frames is None)
+    of_file = (pages.word & _PM_FILE != 0) & (number > 0) & (pgoff < np.uint64(1 << 40)) & ~zero
+    share(of_file, _pairs(number << np.uint64(40) | pgoff, frame))
+
+    is_first = same_as == np.arange(nr)
+    row = (np.cumsum(is_first) - 1)[same_as]
+    first = np.flatnonzero(is_first)
+    if frames is not None:
+        # A frame has one content. One that is found with two was freed and used again while pagemap was read.
+        torn = np.ones(len(first), bool)
+        torn[np.unique(frames.pfn[first], return_index=True)[1]] = False
+        _tear(frames, torn[row])
+    return _Numbers(row, first, zero, len(first))
+
+
+def _file_offsets(vmas, pages, by_path):
+    # For each page the number of its file, 0 for none, and its offset there in pages. Where frames are not seen the
+    # path counts too: subvolumes of btrfs have the same inodes on the same device.
+    numbers, of_vma = {}, []
+    for vma in vmas:
+        name = (vma.device, vma.inode, vma.path if by_path else None)
+        of_vma.append(numbers.setdefault(name, len(numbers) + 1) if vma.inode else 0)
+    start = np.array([vma.start for vma in vmas], np.uint64)[pages.vma]
+    offset = np.array([vma.offset for vma in vmas], np.uint64)[pages.vma]
+    return np.array(of_vma, np.uint64)[pages.vma], (pages.va - start >> np.uint64(PAGE_SHIFT)) + (
+        offset >> np.uint64(PAGE_SHIFT))
+
+
+def _pairs(left, right):
+    # One key for each distinct pair.
+    left, right = (np.unique(values, return_inverse=True)[1].astype(np.uint64) for values in (left, right))
+    return left * np.uint64(len(right)) + right
+
+
+# --- which folios they form ----------------------------------------------------------------------------------
+
+def _find_folios(files, vmas, pages, frames, numbers, notes):
+    # The folio records: FOLIO_DTYPE, writable, without what reading the bytes will add.
+    if frames is None:
+        begin, order, first_index, folio = _folios_of_pmds(vmas, pages, numbers)
+        head_kpf = None
+    else:
+        begin, order, first_index, head = _folios_of_frames(files, pages, frames, numbers)
+        folio, head_kpf = head, _head_flags(files, frames, begin, head)
+    folios = np.zeros(len(begin), FOLIO_DTYPE)
+    if not len(begin):
+        return folios
+    folios["va"] = pages.va[begin]
+    folios["page"] = numbers.row[begin]
+    folios["vma"] = pages.vma[begin]
+    folios["folio"] = _by_appearance(folio)
+    folios["first_index"] = first_index
+    folios["nr_mapped"] = np.diff(np.r_[begin, len(pages.va)])
+    folios["order"] = order
+
+    zero = numbers.zero[begin]
+    bits = folios["bits"]
+    bits[(pages.word[begin] & _PM_FILE == 0) & ~zero] |= snap.FOLIO_ANON
+    bits[zero] |= snap.FOLIO_ZERO_PAGE
+    bits[np.bitwise_and.reduceat(pages.word, begin) & _PM_EXCLUSIVE != 0] |= snap.FOLIO_EXCLUSIVE
+    bits[np.bitwise_or.reduceat(pages.word, begin) & _PM_SOFT_DIRTY != 0] |= snap.FOLIO_SOFT_DIRTY
+    hugetlb = np.array([vma.kind == "hugetlb" for vma in vmas])[folios["vma"]]
+    bits[hugetlb] |= snap.FOLIO_HUGETLB
+    if pages.scanned:
+        bits[pages.pmd[begin] & ~hugetlb] |= snap.FOLIO_THP
+    else:
+        bits[_pmd_by_sums(vmas, folios, notes) & ~hugetlb] |= snap.FOLIO_THP
+    if frames is None:
+        bits[np.array([vma.locked for vma in vmas])[folios["vma"]]] |= snap.FOLIO_MLOCKED
+    else:
+        for bit, name in _BITS_OF_KPF:
+            bits[head_kpf & np.uint64(1 << bit) != 0] |= name
+        bits[np.bitwise_or.reduceat(frames.torn, begin)] |= snap.FOLIO_CHANGED
+        folios["mapcount"] = np.minimum(np.maximum.reduceat(frames.nr_mappings, begin), 0xffffffff)
+    return folios
+
+
+def _by_appearance(values):
+    # Each distinct value replaced by its rank in order of first appearance: [7, 3, 7] as [0, 1, 0].
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def _follows(pages, numbers):
+    # True where a page continues the one before it: in memory, in the VMA and in the data.
+    follows = np.zeros(len(pages.va), bool)
+    follows[1:] = ((pages.va[1:] - pages.va[:-1] == PAGE_SIZE) & (pages.vma[1:] == pages.vma[:-1])
+                   & (numbers.row[1:] - numbers.row[:-1] == 1))
+    return follows
+
+
+def _folios_of_pmds(vmas, pages, numbers):
+    # Without frames: what a PMD maps is a folio of its size, hugetlb says its size, all else is a base page. Returns the
+    # index of each record's first page; its order; which page of the folio that is; and a number of the folio.
+    vma_order = np.array([vma.page_size.bit_length() - 1 - PAGE_SHIFT for vma in vmas], np.uint8)[pages.vma]
+    vma_order[pages.pmd & (vma_order == 0)] = HPAGE_PMD_ORDER
+    index = (pages.va >> np.uint64(PAGE_SHIFT)) & (np.uint64(1) << vma_order.astype(np.uint64)) - np.uint64(1)
+    # A page that appeared before belongs to the folio it had there.
+    order, index = vma_order[numbers.first[numbers.row]], index[numbers.first[numbers.row]]
+    follows = _follows(pages, numbers)
+    follows[1:] &= (order[1:] == order[:-1]) & (index[1:] == index[:-1] + np.uint64(1))
+    begin = np.flatnonzero(~follows)
+    return begin, order[begin], index[begin], numbers.row[begin] - index[begin].astype(np.int64)
+
+
+def _folios_of_frames(files, pages, frames, numbers):
+    # With frames: compound heads and tails. Returns as above, the folio being the frame number of its head.
+    while True:
+        compound = frames.kpf & (_KPF_COMPOUND_HEAD | _KPF_COMPOUND_TAIL) != 0
+        follows = _follows(pages, numbers)
+        follows[1:] &= ((frames.pfn[1:] == frames.pfn[:-1] + np.uint64(1)) & compound[:-1]
+                        & (frames.kpf[1:] & _KPF_COMPOUND_TAIL != 0))
+        begin = np.flatnonzero(~follows)
+        nr_mapped = np.diff(np.r_[begin, len(pages.va)])
+        head, order = _heads_and_orders(files, frames, begin, nr_mapped)
+        wrong = head & (np.uint64(1) << order.astype(np.uint64)) - np.uint64(1) != 0
+        if not wrong.any():
+            return begin, order, frames.pfn[begin] - head, head
+        # A folio that was split, freed or made while its flags were read.
+        _tear(frames, np.repeat(wrong, nr_mapped))
+
+
+def _heads_and_orders(files, frames, begin, nr_mapped):
+    # Head frame and order of each run of pages. Folios are aligned to their size, so that the head of a tail page is
+    # among the frames that its own number, rounded down, can be; and the order is above k if frame head + 2^k is a tail.
+    # An order that does not fit the head means that flags changed meanwhile: the caller sees it.
+    pfn, kpf = frames.pfn[begin], frames.kpf[begin]
+    head = pfn.copy()
+    order = np.zeros(len(begin), np.uint8)
+    lost = np.flatnonzero(kpf & (_KPF_COMPOUND_HEAD | _KPF_COMPOUND_TAIL) == _KPF_COMPOUND_TAIL)
+    for k in range(1, MAX_FOLIO_ORDER + 1):
+        if not len(lost):
+            break
+        below = pfn[lost] >> np.uint64(k) << np.uint64(k)
+        found = _read_frame_words(files.kpageflags, below, _KPF_NOPAGE) & _KPF_COMPOUND_HEAD != 0
+        head[lost[found]] = below[found]
+        lost = lost[~found]
+    order[lost] = MAX_FOLIO_ORDER
+
+    large = np.flatnonzero((kpf & (_KPF_COMPOUND_HEAD | _KPF_COMPOUND_TAIL) != 0) & (order == 0))
+    last = (pfn[large] - head[large]).astype(np.int64) + nr_mapped[large] - 1
+    # Of at least as many pages as are mapped, and of two.
+    order[large] = np.maximum(np.frexp(last.astype(np.float64))[1], 1)
+    while len(large):
+        large = large[order[large] < MAX_FOLIO_ORDER]
+        middle = head[large] + (np.uint64(1) << order[large].astype(np.uint64))
+        above = _read_frame_words(files.kpageflags, middle, _KPF_NOPAGE) & _KPF_COMPOUND_TAIL != 0
+        large = large[above]
+        order[large] += 1
+    return head, order
+
+
+def _head_flags(files, frames, begin, head):
+    # Flags of each run's folio: the head's, which is not in the pages if it is not mapped here.
+    kpf = frames.kpf[begin].copy()
+    elsewhere = np.flatnonzero(frames.pfn[begin] != head)
+    kpf[elsewhere] = _read_frame_words(files.kpageflags, head[elsewhere], 0)
+    return kpf
+
+
+def _pmd_by_sums(vmas, folios, notes):
+    # Which records a PMD maps, from the sums in smaps: known if none does, or all that could.
+    could = (folios["order"] >= HPAGE_PMD_ORDER) & (folios["nr_mapped"] >= HPAGE_PMD_NR) & (
+        folios["va"] % np.uint64(HPAGE_PMD_NR * PAGE_SIZE) == 0)
+    could_kib = np.bincount(folios["vma"][could], folios["nr_mapped"][could], len(vmas)) * (PAGE_SIZE >> 10)
+    pmd_kib = np.array([vma.pmd_kib for vma in vmas])
+    if unclear := int(np.count_nonzero((pmd_kib > 0) & (pmd_kib != could_kib))):
+        notes.append(f"in {unclear} mappings only some 2 MiB pages are mapped by a PMD, and not which: taken as none")
+    return could & ((pmd_kib > 0) & (pmd_kib == could_kib))[folios["vma"]]
+
+
+# --- their bytes ---------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class _Reading:
+    data: np.ndarray | None
+    changed: np.ndarray             # and the next two: one element per row of data
+    unreadable: np.ndarray
+    vanished: np.ndarray
+
+
+def _read_data(files, pages, numbers, frames, layout_only, max_bytes, progress):
+    nr, total = numbers.nr_pages, numbers.nr_pages * PAGE_SIZE
+    data = None
+    if not layout_only:
+        _check_room(files.pid, total, max_bytes)
+        data = np.empty((nr, PAGE_SIZE), np.uint8)
+        again = np.empty((min(nr, _PIECE_PAGES), PAGE_SIZE), np.uint8)
+    reading = _Reading(data, *(np.zeros(nr, bool) for _ in range(3)))
+    if frames is not None:
+        reading.changed[numbers.row[frames.torn]] = True
+    for at in range(0, nr, _PIECE_PAGES):
+        piece = slice(at, min(at + _PIECE_PAGES, nr))
+        first = numbers.first[piece]
+        zero = numbers.zero[first]
+        va, word = pages.va[first], pages.word[first]
+        # 1. the bytes, twice; what differs is kept as it was read last
+        if not layout_only:
+            here, there = data[piece], again[:len(first)]
+            bad = _read_bytes(files, va, here)
+            bad_again = _read_bytes(files, va, there)
+            differ = (here.view(np.uint64) != there.view(np.uint64)).any(axis=1) & ~bad_again
+            here[differ] = there[differ]
+            here[zero] = 0
+            reading.changed[piece] |= differ & ~bad
+            reading.unreadable[piece] = bad & bad_again
+        # 2. where they are now
+        now = _read_words(files.pagemap, va >> np.uint64(PAGE_SHIFT), 0)
+        reading.vanished[piece] = now & (_PM_PRESENT | _PM_SWAP) == 0
+        reading.changed[piece] |= (((now ^ word) & (_PM_PFN | _PM_FILE | _PM_PRESENT) != 0)
+                                   | (now & ~word & _PM_SOFT_DIRTY != 0))
+        # 3. each page in one class; a zero page is what it was, whatever has taken its place
+        reading.vanished[piece] &= ~zero
+        reading.unreadable[piece] &= ~(zero | reading.vanished[piece])
+        reading.changed[piece] &= ~(zero | reading.vanished[piece] | reading.unreadable[piece])
+        files.check_alive()
+        if progress is not None:
+            progress(piece.stop * PAGE_SIZE, total)
+    # 4. the other addresses of pages that have several
+    other = np.ones(len(pages.va), bool)
+    other[numbers.first] = False
+    other = np.flatnonzero(other & ~numbers.zero)
+    now = _read_words(files.pagemap, pages.va[other] >> np.uint64(PAGE_SHIFT), 0)
+    moved = (now ^ pages.word[other]) & (_PM_PFN | _PM_FILE | _PM_PRESENT) != 0
+    rows = numbers.row[other[moved]]
+    reading.changed[rows] = ~(reading.vanished[rows] | reading.unreadable[rows])
+    return reading
+
+
+def _check_room(pid, total, max_bytes):
+    remedy = "use --layout-only, or a smaller process"
+    if max_bytes is not None and total > max_bytes:
+        raise OutOfMemory(f"pid {pid} has {format_size(total)} to read and {format_size(max_bytes)} are allowed; {remedy}")
+    available = snap.available_bytes()
+    if available is not None and total > available:
+        raise OutOfMemory(f"pid {pid} has {format_size(total)} to read and {format_size(available)} are available; "
+                          f"{remedy}")
+
+
+def _read_bytes(files, va, out):
+    # Read the pages at ``va`` (ascending) into the rows of ``out``; True for each that cannot be read, whose row is 0.
+    bad = np.zeros(len(va), bool)
+    raw = memoryview(out).cast("B")
+    cuts = np.flatnonzero(va[1:] - va[:-1] != PAGE_SIZE) + 1
+    for begin, end in zip(np.r_[0, cuts].tolist(), np.r_[cuts, len(va)].tolist()):
+        while begin < end:
+            try:
+                got = os.preadv(files.mem, [raw[begin * PAGE_SIZE:end * PAGE_SIZE]], int(va[begin]))
+            except ProcessLookupError:
+                raise files.ended() from None
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.EFAULT):
+                    raise
+                bad[begin] = True
+                out[begin] = 0
+                begin += 1
+                continue
+            if got < PAGE_SIZE:                 # the address space is gone
+                files.check_alive()
+                raise files.ended()
+            begin += got // PAGE_SIZE
+    return bad
+
+
+def _mark_folios(folios, reading):
+    # What reading has found, from rows of data to the records that have them.
+    begin = folios["page"].astype(np.int64)
+    end = begin + folios["nr_mapped"]
+    for marked, bit in ((reading.changed, snap.FOLIO_CHANGED), (reading.unreadable, snap.FOLIO_UNREADABLE),
+                        (reading.vanished, snap.FOLIO_VANISHED)):
+        upto = np.r_[0, np.cumsum(marked)]
+        folios["bits"][upto[end] > upto[begin]] |= bit
