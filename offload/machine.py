@@ -18,7 +18,7 @@ from offload.mm.frames import PLACEMENTS, Frames
 from offload.mm.memmap import (
     ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
     MAPPING_SHMEM, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PLACE_HOST, PLACE_NOWHERE, SYS_DTYPE, VMA_DTYPE,
-    Memory, pack, page_folio, records, unpack,
+    Memory, page_folio, records, unpack,
 )
 from offload.mm.fault import lookup_page
 from offload.mm.node import (
@@ -30,6 +30,7 @@ from offload.mm.process import File, Process
 from offload.mm.validate import validate
 from offload.syscalls import collect_folio_addresses, do_pages_move
 from offload.intrinsics import prefetch_record
+from offload.table import pack
 from offload.units import (
     MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_mode, parse_reason, parse_size,
 )

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from offload.jit import jit_inline
-from offload.mm.memmap import make_unpack, records
+from offload.mm.memmap import records
+from offload.table import make_unpack
 from offload.units import HPAGE_PMD_NR
 
 __all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "make_call", "unpack_call", "list_add_tail")
@@ -99,7 +100,7 @@ class Call(NamedTuple):
     blocked_ns: np.ndarray      # int64: per folio given its mapping back, in that order; nr_blocked of them
 
 
-unpack_call = make_unpack(Call, Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int64, np.int64, np.uint8, np.uint8,
+unpack_call = make_unpack("Call", Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int64, np.int64, np.uint8, np.uint8,
                                      np.int64, np.int64))
 
 

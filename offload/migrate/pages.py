@@ -16,7 +16,8 @@ from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_page
 from offload.migrate.call import (
     DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, list_add_tail, make_call, unpack_call,
 )
-from offload.mm.memmap import folio_nr_pages, pack, unpack
+from offload.mm.memmap import folio_nr_pages, unpack
+from offload.table import pack
 from offload.units import MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
 
 __all__ = ("migrate_pages", "MigrateResult", "Event")

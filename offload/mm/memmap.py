@@ -14,27 +14,22 @@ Differences from the kernel, all on purpose:
 
 Left out: MGLRU generations, page_owner, hugetlb pools, DAX and device memory.
 
-Compiled functions take ``mem`` (a Memory) and pfns. In and out of compiled code, a Memory travels as a *table*,
-an int64 array of addresses and lengths (:func:`pack`, :func:`unpack`): handing Numba the arrays themselves costs
-13 us a call, the table 0.4 us. Arrays of a Memory are never resized in place: growing one makes a new Memory.
+Compiled functions take ``mem`` and pfns. ``mem`` is one pointer to the table of a Memory (offload/table.py); those
+that Python calls take the table itself, ``mem_table``, and begin with :func:`unpack`. Arrays of a Memory are never
+resized in place: growing one makes a new Memory.
 """
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
-from offload.jit import JIT_DISABLED, jit_inline
+from offload.jit import jit_inline
+from offload.table import make_unpack
 from offload.units import MAX_PAGE_ORDER
 
 __all__ = (
     "FOLIO_DTYPE", "NODE_DTYPE", "FREE_AREA_DTYPE", "MM_DTYPE", "VMA_DTYPE", "ANON_VMA_DTYPE", "AVC_DTYPE",
-    "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "pack", "unpack",
+    "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "unpack",
     "folio_nr_pages", "folio_test", "folio_set", "folio_clear", "folio_test_anon", "folio_test_large",
     "page_folio", "folio_expected_ref_count", "folio_trylock", "folio_unlock", "folio_is_file_lru",
 )
@@ -216,51 +211,7 @@ def records(nr, dtype):
     return np.zeros(nr, dtype).view(np.recarray)
 
 
-def pack(arrays):
-    """The table of a Memory (or of a Call): address and length of each array. The caller keeps the arrays alive.
-
-    With the JIT disabled there are no addresses to hand over and the tuple is its own table.
-    """
-    if JIT_DISABLED:
-        return arrays
-    table = np.empty(2 * len(arrays), np.int64)
-    for i, array in enumerate(arrays):
-        if not array.flags.c_contiguous:
-            raise AssertionError(f"{type(arrays).__name__}.{arrays._fields[i]} is not contiguous")
-        table[2 * i] = array.ctypes.data
-        table[2 * i + 1] = len(array)
-    return table
-
-
-def make_unpack(cls, dtypes):
-    """A compiled ``unpack(table)`` that gives back the NamedTuple ``cls`` of arrays of ``dtypes``."""
-    if JIT_DISABLED:
-        return lambda table: table
-    tuple_type = types.NamedTuple([types.Array(numba.from_dtype(np.dtype(dtype)), 1, "C") for dtype in dtypes], cls)
-
-    @intrinsic
-    def unpack(typingctx, table):
-        def codegen(context, builder, signature, args):
-            table = context.make_array(signature.args[0])(context, builder, args[0])
-            word = ir.IntType(64)
-            arrays = []
-            for i, array_type in enumerate(tuple_type.types):
-                address = builder.load(builder.gep(table.data, [word(2 * i)]))
-                length = builder.load(builder.gep(table.data, [word(2 * i + 1)]))
-                itemsize = context.get_constant(
-                    types.intp, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
-                array = context.make_array(array_type)(context, builder)
-                populate_array(array, data=builder.inttoptr(address, array.data.type),
-                               shape=cgutils.pack_array(builder, [length]),
-                               strides=cgutils.pack_array(builder, [itemsize]), itemsize=itemsize, meminfo=None)
-                arrays.append(array._getvalue())
-            return context.make_tuple(builder, tuple_type, arrays)
-        return tuple_type(table), codegen
-
-    return unpack
-
-
-unpack = make_unpack(Memory, MEMORY_DTYPES)
+unpack = make_unpack("Memory", MEMORY_DTYPES)
 
 
 # --- folios (include/linux/mm.h, page-flags.h, pagemap.h) -----------------------------------------------------

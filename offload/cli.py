@@ -1,0 +1,54 @@
+"""The command line: options in, one call, results out. What the commands do is elsewhere and imported when they run.
+
+Errors that a user can mend are one line on standard error and exit status 2, Ctrl-C is 130; anything else is a bug
+and keeps its traceback.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from offload.errors import OffloadError
+
+__all__ = ("app", "main", "entry")
+
+app = typer.Typer(
+    name="offload", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="The Linux page-migration path with real copies: what batch-copy offload gives, measured in one process.")
+
+
+@app.command()
+def engines():
+    """List the engines: what each copies with, and for one that is not available, why."""
+    from offload.engines import list_engines
+    from offload.report import console, table
+
+    rows = [(name, migrator, "yes" if reason is None else "no", does if reason is None else f"{does}: {reason}")
+            for name, migrator, does, reason in list_engines()]
+    console().print(table("engines", ("engine", "migrator", "available", "what it does"), rows))
+
+
+def main(args=None):
+    """Run the command line and return its exit status."""
+    try:
+        return app(args=args, standalone_mode=False) or 0
+    except OffloadError as error:
+        print(f"offload: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("offload: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except typer.Exit as exit:
+        return exit.exit_code
+    except Exception as error:
+        import click
+        if isinstance(error, click.ClickException):
+            error.show()
+            return 2
+        raise
+
+
+def entry():
+    """The ``offload`` command."""
+    sys.exit(main())
