@@ -18,6 +18,19 @@ app = typer.Typer(
     help="The Linux page-migration path with real copies: what batch-copy offload gives, measured in one process.")
 
 
+def print_version(wanted: bool):
+    if wanted:
+        import offload
+        print(offload.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True,
+                                                  help="Print the version and exit.")] = False):
+    pass
+
+
 @app.command()
 def engines():
     """List the engines: what each copies with, and for one that is not available, why."""
@@ -39,14 +52,18 @@ def main(args=None):
     except (KeyboardInterrupt, typer.Abort):
         print("offload: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except typer.Exit as exit:
-        return exit.exit_code
     except Exception as error:
-        import click
-        if isinstance(error, click.ClickException):
-            error.show()
-            return 2
-        raise
+        # Typer's own usage errors; their class moved when Typer took Click in, their interface did not.
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"offload: {error.format_message()} See offload {' '.join(command_path(error))}--help", file=sys.stderr)
+        return 2
+
+
+def command_path(error):
+    """The words between ``offload`` and the options, of the command that a usage error is about."""
+    context = getattr(error, "ctx", None)
+    return [*context.command_path.split()[1:], ""] if context else []
 
 
 def entry():
