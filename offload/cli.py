@@ -56,6 +56,8 @@ def main(args=None):
         # Typer's own usage errors; their class moved when Typer took Click in, their interface did not.
         if not hasattr(error, "format_message"):
             raise
+        if not error.format_message():              # no command: the help has been printed
+            return 2
         print(f"offload: {error.format_message()} See offload {' '.join(command_path(error))}--help", file=sys.stderr)
         return 2
 
