@@ -20,6 +20,7 @@ import os
 import secrets
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 
@@ -345,20 +346,21 @@ def _save_error(error, path):
 
 
 def _write(snapshot, file):
-    header = {"format": FORMAT, "version": VERSION}
+    arrays = [name for name in _ARRAYS if getattr(snapshot, name) is not None]
+    header = {"format": FORMAT, "version": VERSION, "arrays": arrays}
     for field in dataclasses.fields(snapshot):
         if field.name not in _ARRAYS:
             header[field.name] = getattr(snapshot, field.name)
     header["vmas"] = [dataclasses.asdict(vma) for vma in snapshot.vmas]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.writestr(_HEADER, json.dumps(header, indent=1))
-        for name, array in ((_FOLIOS, snapshot.folios), (_DATA, snapshot.data)):
-            if array is not None:
-                with archive.open(name, "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
-                    raw = memoryview(array.reshape(-1).view(np.uint8))
-                    for at in range(0, len(raw), _PIECE):
-                        member.write(raw[at:at + _PIECE])
+        for name in arrays:
+            array = getattr(snapshot, name)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(array))
+                raw = memoryview(array.reshape(-1).view(np.uint8))
+                for at in range(0, len(raw), _PIECE):
+                    member.write(raw[at:at + _PIECE])
 
 
 def load(path):
@@ -424,6 +426,8 @@ def _read(file, path):
             raise _foreign(path, f"its header does not say {FORMAT!r}")
         if header.get("version") != VERSION:
             raise _foreign(path, f"it has version {header.get('version')!r}, and {VERSION} is read here")
+        if header.get("arrays") != [name for name in _ARRAYS if f"{name}.npy" in members]:
+            raise _foreign(path, "its header names other arrays than it has")
         folios = _read_array(archive, members[_FOLIOS], path, FOLIO_DTYPE, ())
         data = None
         if _DATA in members:
@@ -437,9 +441,13 @@ def _read(file, path):
 
 def _read_array(archive, member, path, dtype, row_shape):
     with archive.open(member) as stream:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise _foreign(path, f"its member {member.filename} is not a version 1.0 .npy")
-        shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                np.lib.format.read_magic(stream)
+                shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
+        except Exception as error:      # it parses Python literals: a hostile one can raise nearly anything
+            raise _foreign(path, f"its member {member.filename} is no .npy ({_one_line(error)})") from error
         if found != dtype or fortran_order or len(shape) != 1 + len(row_shape) or shape[1:] != row_shape:
             raise _foreign(path, f"its member {member.filename} has dtype {str(found)[:60]} and shape {shape}, not "
                                  f"what a snapshot has")
