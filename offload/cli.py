@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from offload.errors import OffloadError
+from offload.experiment.config import DEFAULTS
 
 __all__ = ("app", "main", "entry")
 
@@ -40,6 +41,44 @@ def engines():
     rows = [(name, migrator, "yes" if reason is None else "no", does if reason is None else f"{does}: {reason}")
             for name, migrator, does, reason in list_engines()]
     console().print(table("engines", ("engine", "migrator", "available", "what it does"), rows))
+
+
+@app.command()
+def bench(
+        size: Annotated[str, typer.Option(help="Bytes migrated in each run, such as 64M or 1G.")] = DEFAULTS["size"],
+        orders: Annotated[str, typer.Option(help="Folio orders, 0 (4K) to 9 (2M).")] = DEFAULTS["orders"],
+        engines: Annotated[str, typer.Option(help="Engines; see offload engines.")] = DEFAULTS["engines"],
+        repeat: Annotated[int, typer.Option(help="Timed runs of each engine and folio size.")] = DEFAULTS["repeat"],
+        warmup: Annotated[int, typer.Option(help="Runs before them that are not timed.")] = DEFAULTS["warmup"],
+        batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline, 262144 in "
+                                                      "the published results for 2M.")] = DEFAULTS["batch_pages"],
+        mode: Annotated[str, typer.Option(help="MIGRATE_ASYNC, MIGRATE_SYNC_LIGHT or MIGRATE_SYNC.")] = DEFAULTS["mode"],
+        nodes: Annotated[str, typer.Option(help="host,host, or nowhere,nowhere for metadata alone.")] = DEFAULTS["nodes"],
+        seed: Annotated[int, typer.Option(help="Of the random bytes and the order of the folios.")] = DEFAULTS["seed"],
+        json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the result; - is standard output, then "
+                                                                        "without the tables.")] = None):
+    """Migrate real bytes with each engine and folio size, and show GB/s beside the limit of this memory.
+
+    Exit status 1 if not every byte arrived.
+    """
+    from offload.experiment.bench import run_bench
+    from offload.experiment.config import BenchConfig
+    from offload.experiment.tables import bench_tables, unverified
+    from offload.experiment.progress import progress
+    from offload.report import console, json_target, write_json
+
+    config = BenchConfig.parse(size=size, orders=orders, engines=engines, repeat=repeat, warmup=warmup,
+                               batch_pages=batch_pages, mode=mode, nodes=nodes, seed=seed)
+    json_target(json)
+    with progress(config.runs) as step:
+        result = run_bench(config, step=step)
+    if json != "-":
+        out = console()
+        for part in bench_tables(result):
+            out.print(part, soft_wrap=isinstance(part, str))
+    if json:
+        write_json(json, result)
+    return 1 if unverified(result) else 0
 
 
 def main(args=None):

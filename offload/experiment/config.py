@@ -1,0 +1,138 @@
+"""What a benchmark is asked to do: one frozen configuration, checked before any work. Imports nothing heavy.
+
+Leaves out how it is done (bench.py).
+"""
+
+import contextlib
+import dataclasses
+
+from offload.engines import Engine, parse_engine
+from offload.errors import InvalidInput
+from offload.units import (
+    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode, parse_size,
+)
+
+__all__ = ("BenchConfig", "DEFAULTS")
+
+DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": "vanilla,vanilla+stream,batch,batch+stream,mt:2,mt:2+stream",
+            "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION, "mode": "MIGRATE_SYNC", "nodes": "host,host",
+            "seed": 0}
+
+PLACEMENTS = ("host", "nowhere")
+BLOCK = PAGE_SIZE << MAX_PAGE_ORDER
+RECORD_BYTES = 64
+"""Of one page in the memmap, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """A benchmark to run, checked when made: InvalidInput or EngineUnavailable says what cannot be.
+
+    ``size``: bytes migrated in each run, a multiple of the largest folio. ``orders``: folio orders 0 to 9. ``repeat`` timed
+    runs of each cell follow ``warmup`` untimed ones. ``placement``: "host", or "nowhere" for metadata alone.
+    """
+
+    size: int
+    orders: tuple[int, ...]
+    engines: tuple[Engine, ...]
+    repeat: int = DEFAULTS["repeat"]
+    warmup: int = DEFAULTS["warmup"]
+    batch_pages: int = DEFAULTS["batch_pages"]
+    mode: MigrateMode = MigrateMode.MIGRATE_SYNC
+    placement: str = "host"
+    seed: int = DEFAULTS["seed"]
+
+    @classmethod
+    def parse(cls, **texts):
+        """From the texts of the command line, by the names of DEFAULTS; what is not given is the default."""
+        given = DEFAULTS | texts
+        orders = tuple(parse_order(word) for word in split_list("orders", given["orders"]))
+        return cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
+                   engines=tuple(parse_engine(word) for word in split_list("engines", given["engines"])),
+                   repeat=given["repeat"], warmup=given["warmup"], batch_pages=given["batch_pages"],
+                   mode=parse_mode(given["mode"]), placement=parse_nodes(given["nodes"]), seed=given["seed"])
+
+    def __post_init__(self):
+        for name, least in (("repeat", 1), ("warmup", 0), ("batch_pages", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 40:
+                raise InvalidInput(f"{name.replace('_', '-')} {value!r} cannot be; give a whole number, {least} or more")
+        for name in ("orders", "engines"):
+            values = getattr(self, name)
+            if not values:
+                raise InvalidInput(f"{name} is empty; name at least one")
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise InvalidInput(f"{name} names {getattr(twice[0], 'name', twice[0])} twice; name each once")
+        for order in self.orders:
+            parse_order(order)
+        if self.size % (PAGE_SIZE << max(self.orders)) or self.size <= 0:
+            raise InvalidInput(f"size {self.size} is not a positive multiple of the largest folio, "
+                               f"{format_size(PAGE_SIZE << max(self.orders))}; round it to one")
+        need, available = needed_bytes(self), available_bytes()
+        if need > available:
+            raise InvalidInput(f"size {format_size(self.size)} needs about {need / 1e9:.1f} GB of memory and "
+                               f"{available / 1e9:.1f} GB is available; use a smaller --size")
+
+    @property
+    def node_pages(self):
+        """Base pages of each node: the folios, rounded up to blocks of the buddy allocator, and one block to spare."""
+        return (-(-self.size // BLOCK) + 1) * BLOCK // PAGE_SIZE
+
+    @property
+    def runs(self):
+        """How many migrations it takes: the rounds, and one for the phase times of each cell."""
+        return len(self.orders) * len(self.engines) * (self.warmup + self.repeat + 1)
+
+    def command_line(self):
+        """The command that asks for exactly this, every option named."""
+        return (f"offload bench --size {format_exact(self.size)} --orders {','.join(map(str, self.orders))} "
+                f"--engines {','.join(engine.name for engine in self.engines)} --repeat {self.repeat} "
+                f"--warmup {self.warmup} --batch-pages {self.batch_pages} --mode {self.mode.name} "
+                f"--nodes {self.placement},{self.placement} --seed {self.seed}")
+
+
+def split_list(name, text):
+    words = [word.strip() for word in str(text).split(",")]
+    if not all(words):
+        raise InvalidInput(f"{name} {text!r} is no list; write them with commas between, such as {DEFAULTS[name]}")
+    return words
+
+
+def parse_order(text):
+    """A folio order that page tables can map, 0 to 9, from a number or its text."""
+    word = str(text)
+    if isinstance(text, bool) or not (word.isascii() and word.isdigit()) or not 0 <= int(word) <= HPAGE_PMD_ORDER:
+        raise InvalidInput(f"order {text!r} is out of range; orders are 0 (4K) to {HPAGE_PMD_ORDER} (2M)")
+    return int(word)
+
+
+def parse_nodes(text):
+    """The placement of both nodes, from ``"host,host"`` or ``"nowhere,nowhere"``."""
+    placements = [word.strip() for word in str(text).split(",")]
+    if len(placements) != 2 or placements[0] != placements[1] or placements[0] not in PLACEMENTS:
+        raise InvalidInput(f"nodes {text!r} cannot be benchmarked; use host,host, or nowhere,nowhere for metadata alone")
+    return placements[0]
+
+
+def format_exact(nbytes):
+    text = format_size(nbytes)
+    return text if parse_size(text) == nbytes and "." not in text else str(nbytes)
+
+
+def needed_bytes(config):
+    """About how many bytes of host memory the benchmark takes at most."""
+    nr_folios = config.size // (PAGE_SIZE << min(config.orders))
+    metadata = 2 * config.node_pages * (RECORD_BYTES + 16)
+    lists = nr_folios * (200 + 8 * config.repeat * len(config.engines))
+    frames = 2 * config.node_pages * PAGE_SIZE + config.size if config.placement == "host" else 0
+    return metadata + lists + frames + (128 << 20)
+
+
+def available_bytes():
+    """Bytes of memory that can be used without swapping (MemAvailable), or a very large number if not told."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 62

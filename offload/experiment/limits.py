@@ -1,0 +1,62 @@
+"""Limits: what the memory gives without migration, measured between the runs that are held against it.
+
+For each copy kernel and number of threads, the scattered copy of frames that a migration has just moved: the same
+sources to the same destinations in the same sequence, as one plan. And ``np.copyto`` of one contiguous block.
+"""
+
+import statistics
+import time
+
+import numpy as np
+
+from offload.errors import BrokenInvariant
+from offload.kernels.base import CopyPlan
+from offload.kernels.cpu import CpuBackend
+from offload.units import PAGE_SIZE
+
+__all__ = ("Limits",)
+
+
+class Limits:
+    """Samples of each limit, in GB/s. ``close()`` ends the threads."""
+
+    def __init__(self, engines):
+        self._backends = {engine.limit_key: CpuBackend(engine.copy_kernel, engine.threads) for engine in engines}
+        self._scattered = {}            # (key, order) -> samples
+        self._contiguous = []
+
+    def close(self):
+        for backend in self._backends.values():
+            backend.close()
+
+    def measure_scattered(self, engine, frames, dst, src, order):
+        """Copy folios ``src`` to ``dst`` (int64 pfns of machine frames, no overlap) as ``engine`` copies: one sample."""
+        orders, done = np.full(len(src), order, np.uint8), np.full(len(src), 2, np.uint8)
+        done[:] = 0                     # resident before the clock starts
+        plan = CopyPlan(frames.address, frames.address, dst, src, orders)
+        backend = self._backends[engine.limit_key]
+        wall = time.perf_counter_ns()
+        error = backend.copy(plan, done)
+        wall = time.perf_counter_ns() - wall
+        if error or not done.all():
+            raise BrokenInvariant(f"the copy kernel {backend.name} left {int((done == 0).sum())} of {len(done)} folios "
+                                  f"uncopied (error {error}); please report it")
+        self._scattered.setdefault((engine.limit_key, order), []).append((len(src) * PAGE_SIZE << order) / wall)
+
+    def measure_contiguous(self, dst, src):
+        """Copy one block (uint8 arrays of one length) with NumPy: one sample."""
+        wall = time.perf_counter_ns()
+        np.copyto(dst, src)
+        wall = time.perf_counter_ns() - wall
+        self._contiguous.append(dst.nbytes / wall)
+
+    def medians(self):
+        """The ``limits`` of a result: medians in GB/s, None or left out where nothing was measured."""
+        scattered = {}
+        for key in self._backends:
+            by_order = {str(order): statistics.median(samples) for (of, order), samples in sorted(self._scattered.items())
+                        if of == key}
+            if by_order:
+                scattered[key] = by_order
+        return {"contiguous_copy_gbps": statistics.median(self._contiguous) if self._contiguous else None,
+                "scattered_copy_gbps": scattered}

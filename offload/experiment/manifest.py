@@ -1,0 +1,68 @@
+"""The manifest of a result: what it ran on, as far as this host tells. What it cannot tell is None."""
+
+import contextlib
+import os
+import pathlib
+import platform
+import subprocess
+
+import numba
+import numpy as np
+
+import offload.units
+from offload.jit import JIT_DISABLED
+
+__all__ = ("host_manifest",)
+
+
+def host_manifest():
+    """Versions, kernel, processor and the settings that decide how fast memory is copied."""
+    return {
+        "package": package_version(), "git_commit": git_commit(), "python": platform.python_version(),
+        "numpy": np.__version__, "numba": numba.__version__, "jit": not JIT_DISABLED, "kernel": platform.release(),
+        "machine": platform.machine(), "cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)),
+        "thp": chosen(read_line("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "governor": read_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
+    }
+
+
+def read_line(path):
+    """The first line of a file, or None if it cannot be read."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as lines:
+        return lines.readline().strip()
+    return None
+
+
+def chosen(line):
+    """The word in brackets of ``always [madvise] never``."""
+    return line and line.partition("[")[2].partition("]")[0]
+
+
+def cpu_model():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model", "CPU part"):
+                return value.strip()
+    return platform.processor() or None
+
+
+def package_version():
+    from importlib.metadata import PackageNotFoundError, version
+    try:
+        return version("migrate-offload")
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit():
+    """The commit of the checkout that the package runs from, ``-dirty`` added if files differ; None outside of one."""
+    folder = pathlib.Path(offload.units.__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        return subprocess.run(["git", "-C", str(folder.parent), "describe", "--always", "--abbrev=40", "--dirty",
+                               "--exclude=*"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,162 @@
+"""The tables of a benchmark, from its result dict and nothing else: engines as rows, folio sizes as columns.
+
+The layout is that of the patch series' mails, so that a run can be laid beside a posting; ``--`` is a cell that was not
+measured. How to read them: docs/benchmarks.md.
+"""
+
+from offload.report import table
+from offload.units import PAGE_SIZE, format_size
+
+__all__ = ("bench_tables", "speedup", "share_of_limit", "share_of_copy", "unverified")
+
+ABSENT = "--"
+FIRST_WIDTH, COLUMN_WIDTH = 15, 11
+
+
+# 1. Derived numbers: ratios of what the table prints.
+
+def cells_of(result):
+    return {(row["engine"], row["order"]): row for row in result["rows"]}
+
+
+def mean_of(row):
+    """What a row is compared by: (mean, whether more is better), or None where it was not measured."""
+    if row is None:
+        return None
+    if row["gbps"]:
+        return row["gbps"]["mean"]
+    return 1 / row["ns_per_folio"]["mean"] if row.get("ns_per_folio") else None
+
+
+def speedup(result, row):
+    """Mean throughput over that of vanilla with the same copy kernel at the same order, or None."""
+    base = next((other for other in result["rows"] if other["engine"].partition("+")[0] == "vanilla"
+                 and other["copy_kernel"] == row["copy_kernel"] and other["order"] == row["order"]), None)
+    mean, base_mean = mean_of(row), mean_of(base)
+    return mean / base_mean if mean and base_mean else None
+
+
+def share_of_limit(row):
+    """Mean throughput over the scattered copy with the same kernel and threads, without migration; or None."""
+    return row["gbps"]["mean"] / row["limit_gbps"] if row["gbps"] and row["limit_gbps"] else None
+
+
+def share_of_copy(row):
+    """The part of the four phases' time that is the copy, or None."""
+    total = sum(row["phases_ns"].values())
+    return row["phases_ns"]["copy"] / total if total else None
+
+
+def unverified(result):
+    """(engine, folio size) of the cells whose bytes or folios did not all arrive."""
+    return [(row["engine"], folio_size(row["order"])) for row in result["rows"] if not row["verified"]]
+
+
+# 2. Cells as text.
+
+def folio_size(order):
+    return format_size(PAGE_SIZE << order)
+
+
+def spread_text(spread, digits):
+    return ABSENT if spread is None else f"{spread['mean']:.{digits}f}±{spread['sd']:.{digits}f}"
+
+
+def number_text(value, unit=""):
+    return ABSENT if value is None else f"{value:.2f}{unit}"
+
+
+def us_text(ns):
+    return f"{ns / 1000:.1f}"
+
+
+# 3. Tables.
+
+def bench_tables(result):
+    """What ``offload bench`` prints: lines of text and rich tables, in order; the line above a table is its title."""
+    manifest = result["manifest"]
+    host = manifest["nodes"][0] == "host"
+    batch = f"batch limit {manifest['batch_pages']} base pages"
+    yield (f"{format_size(manifest['size'])} a run, node 0 to node 1 ({','.join(manifest['nodes'])}), {manifest['mode']}, "
+           f"{batch}; {manifest['repeat']} runs after {manifest['warmup']} to warm up, seed {manifest['seed']}")
+    yield (f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, thp {manifest['thp']}, "
+           f"commit {manifest['git_commit']}")
+    if host:
+        yield f"\nGB/s of the whole call, mean±SD; {batch}"
+        yield by_size(result, lambda row: spread_text(row["gbps"], 2))
+    else:
+        yield f"\nns per folio of the whole call, mean±SD; metadata only; {batch}"
+        yield by_size(result, lambda row: spread_text(row["ns_per_folio"], 0))
+    yield "\nspeed-up over vanilla with the same copy kernel"
+    yield by_size(result, lambda row: number_text(speedup(result, row), "x"))
+    if host:
+        yield "\nshare of the limit: GB/s over the scattered copy with the same kernel and threads"
+        yield by_size(result, lambda row: number_text(share_of_limit(row)))
+        yield "\nlimits: scattered copy without migration, GB/s, median"
+        yield limits_table(result)
+        yield f"np.copyto of one contiguous block: {number_text(result['limits']['contiguous_copy_gbps'])} GB/s"
+    yield "\nphases, ns per folio (one extra run of each, with its copies timed)"
+    yield phases_table(result)
+    yield "\nblocked time of a folio, us; CPU time and bytes of one run"
+    yield blocked_table(result)
+    failed = unverified(result)
+    if failed:
+        yield "\nNOT VERIFIED, do not use: " + ", ".join(f"{engine} {size}" for engine, size in failed)
+    else:
+        yield f"\nverified in every run: {'every byte, and ' if host else ''}each folio whole on node 1"
+
+
+def orders_of(result):
+    return sorted({row["order"] for row in result["rows"]})
+
+
+def engines_of(result):
+    return list(dict.fromkeys(row["engine"] for row in result["rows"]))
+
+
+def aligned(columns, rows):
+    """A table whose columns stand above those of the next one."""
+    out = table(None, columns, rows, right=columns[1:])
+    out.columns[0].min_width = FIRST_WIDTH
+    for column in out.columns[1:]:
+        column.min_width = COLUMN_WIDTH
+    return out
+
+
+def by_size(result, text):
+    """Engines as rows, folio sizes as columns, ``text(row)`` in the cells."""
+    cells, orders = cells_of(result), orders_of(result)
+    rows = [(engine, *(text(cells[engine, order]) if (engine, order) in cells else ABSENT for order in orders))
+            for engine in engines_of(result)]
+    return aligned(("engine", *map(folio_size, orders)), rows)
+
+
+def limits_table(result):
+    orders = orders_of(result)
+    rows = [(key, *(number_text(by_order.get(str(order))) for order in orders))
+            for key, by_order in result["limits"]["scattered_copy_gbps"].items()]
+    return aligned(("kernel:threads", *map(folio_size, orders)), rows)
+
+
+def details(result, columns, text):
+    """Folio size and engine as rows, ``text(row)`` (a tuple) beside them."""
+    rows = [(folio_size(row["order"]), row["engine"], *text(row)) for row in result["rows"]]
+    return table(None, ("folio", "engine", *columns), rows, right=("folio", *columns))
+
+
+def phases_table(result):
+    phases = ("unmap", "flush", "copy", "move")
+
+    def text(row):
+        share = share_of_copy(row)
+        return (*(f"{row['phases_ns'][phase] / row['folios']:.0f}" for phase in phases),
+                ABSENT if share is None else f"{100 * share:.1f}%")
+    return details(result, (*phases, "share of copy"), text)
+
+
+def blocked_table(result):
+    def text(row):
+        blocked = row["blocked_ns"]
+        return (*(us_text(blocked[name]) for name in ("first", "p50", "p99", "max")), f"{row['cpu_s']:.4f}",
+                row["moved_bytes"], "yes" if row["verified"] else "NO")
+    return details(result, ("first", "p50", "p99", "max", "CPU s", "bytes moved", "verified"), text)
