@@ -63,8 +63,8 @@ def bench(
     """
     from offload.experiment.bench import run_bench
     from offload.experiment.config import BenchConfig
-    from offload.experiment.tables import bench_tables, unverified
     from offload.experiment.progress import progress
+    from offload.experiment.tables import bench_tables, unverified
     from offload.report import console, json_target, write_json
 
     config = BenchConfig.parse(size=size, orders=orders, engines=engines, repeat=repeat, warmup=warmup,
@@ -84,7 +84,10 @@ def bench(
 def main(args=None):
     """Run the command line and return its exit status."""
     try:
-        return app(args=args, standalone_mode=False) or 0
+        status = app(args=args, standalone_mode=False) or 0
+        if status == 130:                           # Typer has caught Ctrl-C and says so by this number alone
+            raise KeyboardInterrupt
+        return status
     except OffloadError as error:
         print(f"offload: {error}", file=sys.stderr)
         return 2

@@ -128,7 +128,7 @@ def parse_size(text, *, what="size", multiple_of=PAGE_SIZE):
     if not match or isinstance(text, bool):
         raise InvalidInput(f"{what} {text!r} is not a size; write a number of bytes, or 4K, 64M, 1G")
     nbytes = float(match[1]) * (1 << _SIZE_SHIFT[match[2].upper()])
-    if nbytes != int(nbytes) or nbytes <= 0 or int(nbytes) % multiple_of:
+    if nbytes == float("inf") or nbytes != int(nbytes) or nbytes <= 0 or int(nbytes) % multiple_of:
         raise InvalidInput(f"{what} {text!r} is not a positive multiple of {format_size(multiple_of)}; "
                            f"round it to one")
     return int(nbytes)

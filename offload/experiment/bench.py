@@ -286,7 +286,7 @@ def compile_once(config):
         print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
     engines = tuple(dict.fromkeys((*map(parse_engine, ("vanilla", "batch", "mt:2")), *config.engines)))
     tiny = dataclasses.replace(config, size=PAGE_SIZE << HPAGE_PMD_ORDER, orders=(0, HPAGE_PMD_ORDER), engines=engines,
-                               repeat=1, warmup=0)
+                               repeat=1, warmup=0, placement="host")
     with Session(tiny) as session:
         for order in tiny.orders:
             session.run_order(order)

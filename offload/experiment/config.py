@@ -5,6 +5,7 @@ Leaves out how it is done (bench.py).
 
 import contextlib
 import dataclasses
+import pathlib
 
 from offload.engines import Engine, parse_engine
 from offload.errors import InvalidInput
@@ -19,6 +20,8 @@ DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": "vanilla,vanilla
             "seed": 0}
 
 PLACEMENTS = ("host", "nowhere")
+MOST = 1 << 40
+"""Of any count: beyond use, and far from overflowing."""
 BLOCK = PAGE_SIZE << MAX_PAGE_ORDER
 RECORD_BYTES = 64
 """Of one page in the memmap, at most."""
@@ -55,8 +58,8 @@ class BenchConfig:
     def __post_init__(self):
         for name, least in (("repeat", 1), ("warmup", 0), ("batch_pages", 1), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 40:
-                raise InvalidInput(f"{name.replace('_', '-')} {value!r} cannot be; give a whole number, {least} or more")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+                raise InvalidInput(f"{name.replace('_', '-')} {value!r} cannot be; give a whole number from {least} to {MOST}")
         for name in ("orders", "engines"):
             values = getattr(self, name)
             if not values:
@@ -130,9 +133,12 @@ def needed_bytes(config):
 
 
 def available_bytes():
-    """Bytes of memory that can be used without swapping (MemAvailable), or a very large number if not told."""
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 1 << 62
+    """Bytes of memory that can be had without swapping: the least of what the kernel and a control group tell."""
+    available = [1 << 62]
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as lines:
+        available += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):          # "max" is no number
+        limit, used = (int(pathlib.Path("/sys/fs/cgroup", name).read_text("ascii"))
+                       for name in ("memory.max", "memory.current"))
+        available.append(max(limit - used, 0))
+    return min(available)

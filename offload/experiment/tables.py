@@ -4,6 +4,8 @@ The layout is that of the patch series' mails, so that a run can be laid beside 
 measured. How to read them: docs/benchmarks.md.
 """
 
+import statistics
+
 from offload.report import table
 from offload.units import PAGE_SIZE, format_size
 
@@ -13,32 +15,26 @@ ABSENT = "--"
 FIRST_WIDTH, COLUMN_WIDTH = 15, 11
 
 
-# 1. Derived numbers: ratios of what the table prints.
+# 1. Derived numbers. Ratios are of medians: one run that was disturbed moves a mean, not them.
 
-def cells_of(result):
-    return {(row["engine"], row["order"]): row for row in result["rows"]}
-
-
-def mean_of(row):
-    """What a row is compared by: (mean, whether more is better), or None where it was not measured."""
-    if row is None:
-        return None
-    if row["gbps"]:
-        return row["gbps"]["mean"]
-    return 1 / row["ns_per_folio"]["mean"] if row.get("ns_per_folio") else None
+def median_speed(row):
+    """Median of the timed runs, GB/s or (metadata only) folios per ns; None where there is none."""
+    if row and row["gbps"]:
+        return statistics.median(row["gbps"]["samples"])
+    return 1 / statistics.median(row["ns_per_folio"]["samples"]) if row and row.get("ns_per_folio") else None
 
 
 def speedup(result, row):
-    """Mean throughput over that of vanilla with the same copy kernel at the same order, or None."""
+    """Median speed over that of vanilla with the same copy kernel at the same order, or None."""
     base = next((other for other in result["rows"] if other["engine"].partition("+")[0] == "vanilla"
                  and other["copy_kernel"] == row["copy_kernel"] and other["order"] == row["order"]), None)
-    mean, base_mean = mean_of(row), mean_of(base)
-    return mean / base_mean if mean and base_mean else None
+    speed, base_speed = median_speed(row), median_speed(base)
+    return speed / base_speed if speed and base_speed else None
 
 
 def share_of_limit(row):
-    """Mean throughput over the scattered copy with the same kernel and threads, without migration; or None."""
-    return row["gbps"]["mean"] / row["limit_gbps"] if row["gbps"] and row["limit_gbps"] else None
+    """Median throughput over the scattered copy with the same kernel and threads, without migration; or None."""
+    return median_speed(row) / row["limit_gbps"] if row["gbps"] and row["limit_gbps"] else None
 
 
 def share_of_copy(row):
@@ -87,12 +83,12 @@ def bench_tables(result):
     else:
         yield f"\nns per folio of the whole call, mean±SD; metadata only; {batch}"
         yield by_size(result, lambda row: spread_text(row["ns_per_folio"], 0))
-    yield "\nspeed-up over vanilla with the same copy kernel"
+    yield "\nspeed-up over vanilla with the same copy kernel (medians)"
     yield by_size(result, lambda row: number_text(speedup(result, row), "x"))
     if host:
-        yield "\nshare of the limit: GB/s over the scattered copy with the same kernel and threads"
+        yield "\nshare of the limit: GB/s over the scattered copy with the same kernel and threads (medians)"
         yield by_size(result, lambda row: number_text(share_of_limit(row)))
-        yield "\nlimits: scattered copy without migration, GB/s, median"
+        yield "\nlimits: scattered copy of the same frames without migration, GB/s, median"
         yield limits_table(result)
         yield f"np.copyto of one contiguous block: {number_text(result['limits']['contiguous_copy_gbps'])} GB/s"
     yield "\nphases, ns per folio (one extra run of each, with its copies timed)"
@@ -125,7 +121,8 @@ def aligned(columns, rows):
 
 def by_size(result, text):
     """Engines as rows, folio sizes as columns, ``text(row)`` in the cells."""
-    cells, orders = cells_of(result), orders_of(result)
+    cells = {(row["engine"], row["order"]): row for row in result["rows"]}
+    orders = orders_of(result)
     rows = [(engine, *(text(cells[engine, order]) if (engine, order) in cells else ABSENT for order in orders))
             for engine in engines_of(result)]
     return aligned(("engine", *map(folio_size, orders)), rows)
