@@ -12,7 +12,7 @@ from offload.jit import jit
 from offload.migrate.call import list_add_tail
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
-    ALLOC_FAIL_ALL, PG_deferred_list, PG_hwpoison, PG_large_rmappable, PG_locked, PG_partially_mapped, PG_writeback,
+    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_large_rmappable, PG_locked, PG_partially_mapped, PG_writeback,
     VM_LOCKED, folio_expected_ref_count, folio_test_anon, folio_trylock, folio_unlock,
 )
 from offload.mm.node import folio_unqueue_deferred_split, set_page_orders
@@ -74,6 +74,8 @@ def split_folio(mem, src):
     nr_pages = np.int64(1) << folio.order
     flags = folio.page_flags & ~(PG_locked | PG_large_rmappable | PG_deferred_list | PG_partially_mapped)
     refuses_pieces = mem.others[folio.others].alloc == ALLOC_FAIL_ALL
+    if mem.others[folio.others].alloc == ALLOC_FAIL:    # the allocation failed for the folio whole, not for its head
+        mem.others[folio.others].alloc = ALLOC_OK
     set_page_orders(mem, src, nr_pages, 0)
     for piece in range(src, src + nr_pages):
         page = mem.folios[piece]
