@@ -12,9 +12,12 @@ import numpy as np
 from offload.errors import Busy, InvalidInput
 from offload.units import EOPNOTSUPP, MigrateReason
 
-__all__ = ("FolioBatch", "Migrator", "CopyOffload", "parse_reason_mask", "format_reason_mask", "ALL_REASONS")
+__all__ = ("FolioBatch", "Migrator", "CopyOffload", "parse_reason_mask", "format_reason_mask", "ALL_REASONS",
+           "WRITTEN_UNMARKED")
 
 ALL_REASONS = (1 << len(MigrateReason)) - 1
+WRITTEN_UNMARKED = 2
+"""A completion of a migrator that wholly wrote a folio and does not say so: the copy counts, the folio gets no mark."""
 
 
 class FolioBatch(NamedTuple):

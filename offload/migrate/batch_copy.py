@@ -7,6 +7,7 @@ migrator may wait for threads or a device. What comes back is a completion per f
 
 import numpy as np
 
+from offload.copy_offload import WRITTEN_UNMARKED
 from offload.jit import jit
 from offload.migrate.state import folio_set_content_copied
 from offload.mm.frames import frame_address
@@ -36,8 +37,9 @@ def mark_copied_folios(mem, call):
     c = call.state[0]
     for i in range(c.nr_batch):
         if call.pair_done[i]:
+            if call.pair_done[i] != WRITTEN_UNMARKED:
+                folio_set_content_copied(mem, call.pair_dst[i])
             call.pair_done[i] = 0
-            folio_set_content_copied(mem, call.pair_dst[i])
             c.copied_folios += 1
             c.batched_folios += 1
             if frame_address(mem, call.pair_dst[i]):

@@ -4,7 +4,7 @@ Stands for the refusals and partial failures of real drivers (spec of the series
 finished chunks, dcbm's all or nothing).
 """
 
-from offload.copy_offload import FolioBatch
+from offload.copy_offload import WRITTEN_UNMARKED, FolioBatch
 from offload.errors import InvalidInput
 from offload.units import EIO, EOPNOTSUPP
 
@@ -37,5 +37,5 @@ class FaultyMigrator:
         nr = self.fails_after
         self.migrator.offload_copy(FolioBatch(batch.dst[:nr], batch.src[:nr], batch.order[:nr], batch.frames), done[:nr])
         if self.marks == "none":
-            done[:] = 0
+            done[:nr] *= WRITTEN_UNMARKED
         return -EIO
