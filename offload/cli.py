@@ -81,6 +81,38 @@ def bench(
     return 1 if unverified(result) else 0
 
 
+@app.command()
+def migrate(
+        file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="What offload snapshot wrote.")] = None,
+        pid: Annotated[str | None, typer.Option(metavar="PID|self", help="A running process instead.")] = None,
+        engine: Annotated[str, typer.Option(help="Who copies; see offload engines.")] = "batch+stream",
+        move_all: Annotated[bool, typer.Option("--move-all", help="Move pages that other processes map too "
+                                                                  "(MPOL_MF_MOVE_ALL).")] = False,
+        batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline.")] = 512,
+        layout_only: Annotated[bool, typer.Option("--layout-only", help="Without the bytes: move metadata alone.")] = False,
+        validate: Annotated[bool, typer.Option("--validate", help="Also check the machine's books afterwards.")] = False,
+        json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the result; - is standard output, then "
+                                                                        "without the tables.")] = None):
+    """Rebuild a process on node 0, move it to node 1 as move_pages(2) would, verify every page.
+
+    Exit status 1 if a page that was moved or left does not verify.
+    """
+    from offload.workload.job import migrate_job
+    return migrate_job(file=file, pid=pid, engine=engine, move_all=move_all, batch_pages=batch_pages,
+                       layout_only=layout_only, validate=validate, json=json)
+
+
+@app.command()
+def snapshot(
+        pid: Annotated[str, typer.Option(metavar="PID|self", help="The process; it is not stopped.")],
+        output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Written with mode 0600, whole or not "
+                                                                                   "at all.")],
+        layout_only: Annotated[bool, typer.Option("--layout-only", help="Leave the bytes out.")] = False):
+    """Keep the memory of a running process in a file, for offload migrate FILE. It holds the process's secrets."""
+    from offload.workload.job import snapshot_job
+    return snapshot_job(pid=pid, output=output, layout_only=layout_only)
+
+
 def main(args=None):
     """Run the command line and return its exit status."""
     try:

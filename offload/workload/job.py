@@ -1,0 +1,97 @@
+"""The two commands on real input, `offload migrate` and `offload snapshot`: arguments checked, work done, results told.
+
+What needs no work is checked before any is done: the words of the command line, the engine, the path of the result.
+"""
+
+import os
+
+from offload.engines import parse_engine
+from offload.errors import InvalidInput
+from offload.report import console, json_target, write_json
+from offload.units import PAGE_SIZE, format_size
+from offload.workload import snapshot as snap
+from offload.workload.live import read_process
+
+__all__ = ("migrate_job", "snapshot_job")
+
+
+def migrate_job(*, file, pid, engine, move_all, batch_pages, layout_only, validate, json):
+    """`offload migrate`; the exit status: 0 if every page that was moved or left verifies, else 1."""
+    if (file is None) == (pid is None):
+        raise InvalidInput("give either --pid PID or a FILE that offload snapshot wrote, and not both")
+    pid = parse_pid(pid) if pid is not None else None
+    engine = parse_engine(engine)
+    if batch_pages < 1:
+        raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
+    json_target(json)
+    from offload.workload.migrate_process import announce_compiling, move_process, print_result, progress_bar, result_of
+    from offload.workload.rebuild import rebuild
+
+    # The process is read first: compiling can take longer than it lives.
+    with progress_bar() as step:
+        if pid is not None:
+            snapshot = read_process(pid, layout_only=layout_only, max_bytes=_readable_bytes(),
+                                    progress=step(f"reading pid {pid}"))
+        else:
+            snapshot = snap.load(file)
+            if layout_only:
+                snapshot = without_bytes(snapshot)
+    announce_compiling(engine)
+    with progress_bar() as step:
+        rebuilt = rebuild(snapshot, batch_pages=batch_pages, copy_kernel=engine.copy_kernel, progress=step("rebuilding"))
+        moved = move_process(rebuilt, engine, move_all=move_all, validate=validate)
+    result = result_of(moved)
+    if json != "-":
+        print_result(result, console())
+    if json:
+        write_json(json, result)
+    return 0 if moved.verified else 1
+
+
+def snapshot_job(*, pid, output, layout_only):
+    """`offload snapshot`; the exit status."""
+    from offload.workload.migrate_process import progress_bar
+    pid = parse_pid(pid)
+    folder = os.path.dirname(os.path.abspath(output))
+    if os.path.isdir(output) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InvalidInput(f"-o {output!r} cannot be written; name a file in a folder that exists and is writable")
+    with progress_bar() as step:
+        snapshot = read_process(pid, layout_only=layout_only, progress=step(f"reading pid {pid}"))
+    snap.save(snapshot, output)
+    out = console()
+    show = lambda text: out.print(text, soft_wrap=True, markup=False)
+    show(f"{output}: pid {snapshot.pid} ({snapshot.comm}), {snapshot.nr_pages} pages "
+         f"({format_size(snapshot.nr_pages * PAGE_SIZE)}{', layout only' if layout_only else ''}) in "
+         f"{len(snapshot.vmas)} mappings, {format_size(os.path.getsize(output))} written in mode 0600")
+    show("folios    " + (", ".join(f"{nr} x {format_size(PAGE_SIZE << order)}" for order, nr in snapshot.orders().items())
+                         or "none"))
+    for kind, pages in snapshot.skipped.items():
+        show(f"skipped   {pages} pages of {kind} mappings")
+    if snapshot.nr_swapped:
+        show(f"skipped   {snapshot.nr_swapped} pages in swap")
+    show(f"changed   {snapshot.nr_changed} pages while being read, {snapshot.nr_vanished} went away, "
+         f"{snapshot.nr_unreadable} could not be read")
+    for note in snapshot.notes:
+        show(f"note      {note}")
+    return 0
+
+
+def parse_pid(text):
+    """A pid from "123", or "self" for this process. InvalidInput."""
+    if text == "self":
+        return os.getpid()
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
+        raise InvalidInput(f"--pid {text!r} is not a process id; give a positive number, or self")
+    return int(text)
+
+
+def without_bytes(snapshot):
+    """The same snapshot, layout only."""
+    import dataclasses
+    return dataclasses.replace(snapshot, data=None)
+
+
+def _readable_bytes():
+    # The bytes are held three times: as read, and on both nodes.
+    available = snap.available_bytes()
+    return None if available is None else available // 3
