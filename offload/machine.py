@@ -18,7 +18,7 @@ from offload.mm.frames import PLACEMENTS, Frames
 from offload.mm.memmap import (
     ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
     MAPPING_SHMEM, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PLACE_HOST, PLACE_NOWHERE, SYS_DTYPE, VMA_DTYPE,
-    Memory, page_folio, records, unpack,
+    Memory, page_folio, records, unpack, zeros,
 )
 from offload.mm.fault import lookup_page
 from offload.mm.node import (
@@ -131,7 +131,7 @@ class Machine:
         sys.poison, sys.thp_migration = config.poison, config.thp_migration
         sys.nr_tables = 1
         try:
-            folios, orders = records(pfn, FOLIO_DTYPE), np.zeros(pfn, np.uint8)
+            folios, orders = records(pfn, FOLIO_DTYPE), zeros(pfn, np.uint8)
         except MemoryError:
             raise OutOfMemory(f"no room for the memmap of {format_size(pfn * PAGE_SIZE)} of nodes "
                               f"({format_size(pfn * FOLIO_DTYPE.itemsize)}) on this host; make the nodes smaller") from None
@@ -360,7 +360,7 @@ class Machine:
         leaves = nbytes // (PTRS * PAGE_SIZE) + 2
         need = int(self.mem.sys.nr_tables[0]) + leaves + leaves // PTRS + 8
         if need * PTRS > len(self.mem.tables):
-            tables = np.zeros(max(need * PTRS, 2 * len(self.mem.tables)), np.int64)
+            tables = zeros(max(need * PTRS, 2 * len(self.mem.tables)), np.int64)
             tables[:len(self.mem.tables)] = self.mem.tables
             self._set_mem(self.mem._replace(tables=tables))
 

@@ -21,7 +21,7 @@ The rules, for one attempt at a folio:
 
 import numpy as np
 
-from offload.intrinsics import clock_ns, prefetch_record
+from offload.intrinsics import clock_ns
 from offload.jit import jit, jit_inline
 from offload.migrate.batch_copy import batch_copy_needs_migrator, mark_copied_folios
 from offload.migrate.call import (
@@ -50,9 +50,6 @@ __all__ = ("batch_begin", "migrate_pages_batch", "sync_begin", "migrate_pages_sy
 BATCH_UNMAP, BATCH_FLUSH, BATCH_COPY, BATCH_COPIED, BATCH_MOVE, BATCH_UNDO, BATCH_DONE = range(7)
 # Where a synchronous batch stands, in ``call.state.sync_at``.
 SYNC_ASYNC_STAGE, SYNC_NEXT_FOLIO, SYNC_FOLIO = range(3)
-
-PREFETCH_AHEAD = 8
-"""Records asked for ahead in the first pass. In random order each is a cache miss of about 100 ns."""
 
 
 @jit
@@ -161,8 +158,6 @@ def unmap_phase(mem, call):
             c.i = c.kept = 0
         while c.i < frm.nr:
             src = call.pfns[frm.first + c.i]
-            if c.pass_ == 0 and c.i + PREFETCH_AHEAD < frm.nr:
-                prefetch_record(mem.folios, call.pfns[frm.first + c.i + PREFETCH_AHEAD])
             if step_before(call, STEP_UNMAP, src):
                 return STOP_STEP
             c.i += 1
@@ -194,7 +189,7 @@ def count_split(call, thp):
     c.nr_thp_split += thp
 
 
-@jit
+@jit_inline
 def unmap_one(mem, call, src):
     """One attempt at one folio in the unmap phase. Returns whether it stays on its list.
 

@@ -83,7 +83,7 @@ def migrate_folio_done(mem, src, reason):
         folio_put(mem, src)
 
 
-@jit
+@jit_inline
 def migrate_folio_unmap(mem, call, src):
     """Allocate and lock a destination for ``src``, lock ``src`` and replace its page-table entries.
 

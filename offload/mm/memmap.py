@@ -19,6 +19,7 @@ that Python calls take the table itself, ``mem_table``, and begin with :func:`un
 resized in place: growing one makes a new Memory.
 """
 
+import mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -189,7 +190,7 @@ class Memory(NamedTuple):
     orders: np.ndarray              # uint8, indexed by pfn: order of the folio the page belongs to
     nodes: np.recarray              # NODE_DTYPE, indexed by nid
     free_areas: np.recarray         # FREE_AREA_DTYPE
-    free_bits: np.ndarray           # int64 words of 32 bits: the buddy allocators' bitmaps
+    free_bits: np.ndarray           # int64 words: the buddy allocators' bitmaps
     tables: np.ndarray              # int64: page-table pages of 512 entries; table t begins at t * 512
     mms: np.recarray                # MM_DTYPE
     vmas: np.recarray               # VMA_DTYPE
@@ -206,9 +207,23 @@ MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.in
                        ANON_VMA_DTYPE, AVC_DTYPE, MAPPING_DTYPE, np.int64, OTHERS_DTYPE, np.int64, SYS_DTYPE)
 
 
+HUGE_PAGE = 2 << 20
+
+
+def zeros(nr, dtype):
+    """As np.zeros, on huge pages where the array is large: in random order, TLB misses would cost more than the data."""
+    nbytes = nr * np.dtype(dtype).itemsize
+    if nbytes < 2 * HUGE_PAGE:
+        return np.zeros(nr, dtype)
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start = np.frombuffer(memory, np.uint8, 1).ctypes.data
+    return np.frombuffer(memory, dtype, nr, -start % HUGE_PAGE)
+
+
 def records(nr, dtype):
     """``nr`` zeroed records with attribute access, as the core reads them."""
-    return np.zeros(nr, dtype).view(np.recarray)
+    return zeros(nr, dtype).view(np.recarray)
 
 
 unpack = make_unpack("Memory", MEMORY_DTYPES)

@@ -5,8 +5,8 @@ references) and folio_isolate_lru()/putback of mm/vmscan.c (v7.3). Leaves out zo
 empty node is -ENOMEM at once), per-CPU page lists and migrate types.
 
 The free blocks of each order are a bitmap instead of the kernel's linked lists: a list would touch the records
-of two neighbours for each page freed, and after a move in random order those are cache misses. Three levels,
-32 bits a word; the lowest free block is handed out first, so the same calls give the same frames.
+of two neighbours for each page freed, and after a move in random order those are cache misses. Three levels of
+64-bit words; the lowest free block is handed out first, so the same calls give the same frames.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ __all__ = ("alloc_pages_node", "free_pages", "fragment_node", "free_reserved_pag
            "folio_pin", "folio_unpin")
 
 NR_ORDERS = MAX_PAGE_ORDER + 1
-WORD_BITS = 32
+WORD_BITS = 64
 GUP_PIN_COUNTING_BIAS = 1024
 """References that one pin of a small folio holds (include/linux/mm.h)."""
 
@@ -53,53 +53,57 @@ def build_free_areas(nodes):
     return areas, np.zeros(size, np.int64)
 
 
-@jit
+@jit_inline
+def bit(i):
+    """A word with bit ``i % 64`` set; the topmost is the sign."""
+    return np.int64(1) << np.int64(i & 63)
+
+
+@jit_inline
 def set_free(mem, nid, order, block):
     """Enter ``block`` (counted in blocks of ``order`` from the node's start) as free."""
     area = mem.free_areas[nid * NR_ORDERS + order]
     area.nr_free += 1
-    word = block >> 5
-    mem.free_bits[area.leaf + word] |= np.int64(1) << (block & 31)
-    mem.free_bits[area.middle + (word >> 5)] |= np.int64(1) << (word & 31)
-    mem.free_bits[area.top + (word >> 10)] |= np.int64(1) << (word >> 5 & 31)
+    mem.free_bits[area.leaf + (block >> 6)] |= bit(block)
+    mem.free_bits[area.middle + (block >> 12)] |= bit(block >> 6)
+    mem.free_bits[area.top + (block >> 18)] |= bit(block >> 12)
 
 
-@jit
+@jit_inline
 def clear_free(mem, nid, order, block):
     """Take ``block`` out of the free blocks of ``order``."""
     area = mem.free_areas[nid * NR_ORDERS + order]
     area.nr_free -= 1
-    word = block >> 5
-    leaf = area.leaf + word
-    mem.free_bits[leaf] &= ~(np.int64(1) << (block & 31))
+    leaf = area.leaf + (block >> 6)
+    mem.free_bits[leaf] &= ~bit(block)
     if mem.free_bits[leaf] == 0:
-        middle = area.middle + (word >> 5)
-        mem.free_bits[middle] &= ~(np.int64(1) << (word & 31))
+        middle = area.middle + (block >> 12)
+        mem.free_bits[middle] &= ~bit(block >> 6)
         if mem.free_bits[middle] == 0:
-            mem.free_bits[area.top + (word >> 10)] &= ~(np.int64(1) << (word >> 5 & 31))
+            mem.free_bits[area.top + (block >> 18)] &= ~bit(block >> 12)
 
 
-@jit
+@jit_inline
 def lowest_free(mem, nid, order):
     """The lowest free block of ``order``; there must be one."""
     area = mem.free_areas[nid * NR_ORDERS + order]
     top = 0
     while mem.free_bits[area.top + top] == 0:
         top += 1
-    middle = top << 5 | count_trailing_zeros(mem.free_bits[area.top + top])
-    leaf = middle << 5 | count_trailing_zeros(mem.free_bits[area.middle + middle])
-    return leaf << 5 | count_trailing_zeros(mem.free_bits[area.leaf + leaf])
+    middle = top << 6 | count_trailing_zeros(mem.free_bits[area.top + top])
+    leaf = middle << 6 | count_trailing_zeros(mem.free_bits[area.middle + middle])
+    return leaf << 6 | count_trailing_zeros(mem.free_bits[area.leaf + leaf])
 
 
 @jit_inline
 def block_is_free(mem, nid, order, block):
     area = mem.free_areas[nid * NR_ORDERS + order]
-    return mem.free_bits[area.leaf + (block >> 5)] >> (block & 31) & 1 != 0
+    return mem.free_bits[area.leaf + (block >> 6)] & bit(block) != 0
 
 
 # --- the buddy allocator (mm/page_alloc.c) --------------------------------------------------------------------
 
-@jit
+@jit_inline
 def take_block(mem, nid, order):
     """Remove a free block of ``order``, splitting a larger one if need be. Its first pfn, or NO_PFN."""
     node = mem.nodes[nid]
@@ -118,7 +122,7 @@ def take_block(mem, nid, order):
     return node.start_pfn + (block << order)
 
 
-@jit
+@jit_inline
 def free_block(mem, nid, pfn, order):
     """Give a block back, merging it with its free buddies as far as they reach (__free_one_page())."""
     node = mem.nodes[nid]
@@ -259,7 +263,7 @@ def folio_get(mem, pfn):
     mem.folios[pfn].refcount += 1
 
 
-@jit
+@jit_inline
 def folio_put_refs(mem, pfn, refs):
     """Drop ``refs`` references; the folio is freed with the last."""
     folio = mem.folios[pfn]
@@ -364,7 +368,7 @@ def lru_add_drain(mem):
     sys.lru_batch_nr = 0
 
 
-@jit
+@jit_inline
 def folio_add_lru(mem, pfn):
     """Queue the folio for the LRU: it enters the per-CPU batch, which holds a reference until it is drained.
 

@@ -11,6 +11,7 @@ writable, exclusive, young, dirty stands in the same bits, and the pfn is the so
 
 import numpy as np
 
+from offload.intrinsics import prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.address_space import folio_mark_dirty
 from offload.mm.memmap import (
@@ -274,13 +275,23 @@ def rmap_next(mem, folio_pfn, cursor):
 
 
 @jit_inline
+def prefetch_entry(mem, folio_pfn):
+    """Ask for the page-table entry that the first step of the folio's reverse map leads to."""
+    cursor = rmap_first(mem, folio_pfn)
+    if cursor:
+        vma = rmap_vma(mem, folio_pfn, cursor)
+        address = vma_address(mem, vma, mem.folios[folio_pfn].index)
+        prefetch_record(mem.tables, walk_pte(mem, mem.vmas[vma].mm, address))
+
+
+@jit_inline
 def vma_address(mem, vma, index):
     """Address at which page ``index`` of the mapping would stand in the vma; may lie outside it."""
     area = mem.vmas[vma]
     return area.start + (index - area.pgoff << PAGE_SHIFT)
 
 
-@jit
+@jit_inline
 def try_to_migrate_entry(mem, folio_pfn, vma, entry):
     """Replace one present entry by a migration entry. False if the folio may be pinned; the entry then stands.
 
@@ -369,7 +380,7 @@ def try_to_unmap(mem, folio_pfn):
         cursor = rmap_next(mem, folio_pfn, cursor)
 
 
-@jit
+@jit_inline
 def remove_migration_entry(mem, entry, vma, to):
     """Point one migration entry at page ``to`` (of the destination, or of the source after a failure)."""
     head = page_folio(mem, to)
