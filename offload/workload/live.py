@@ -109,7 +109,7 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
     begun_ns = time.perf_counter_ns()
     taken = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     notes = []
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _ended_means_gone(pid):
         # All files are opened before any is read. Each stays with the address space it was opened on, so that a process
         # that calls exec, or a pid that is used again, shows as an end of file and never as another's pages.
         files = _Files(stack, pid, notes, want_bytes=not layout_only)
@@ -133,6 +133,21 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
         read_ns=time.perf_counter_ns() - begun_ns,
         nr_changed=int(np.count_nonzero(reading.changed)), nr_unreadable=int(np.count_nonzero(reading.unreadable)),
         nr_vanished=int(np.count_nonzero(reading.vanished)), skipped=skipped, notes=tuple(notes))
+
+
+@contextlib.contextmanager
+def _ended_means_gone(pid):
+    # Whatever says ESRCH says that the address space is gone.
+    try:
+        yield
+    except NoSuchProcess:
+        raise
+    except ProcessLookupError:
+        raise _ended(pid) from None
+
+
+def _ended(pid):
+    return NoSuchProcess(f"pid {pid} ended, or started another program, while it was read; nothing was kept")
 
 
 # --- the files -----------------------------------------------------------------------------------------------
@@ -172,7 +187,7 @@ class _Files:
                                    ) from None
             raise self._absent() from None
         except ProcessLookupError:
-            raise self._without_memory() from None
+            raise self.without_memory() from None
         except PermissionError:
             raise self._forbidden(name) from None
 
@@ -200,7 +215,7 @@ class _Files:
         return NotPermitted(f"pid {self.pid} (uid {owner}) may not be read by uid {os.geteuid()}; run as its user or as "
                             f"root")
 
-    def _without_memory(self):
+    def without_memory(self):
         # No address space behind the pid: a kernel thread, a zombie, or a main thread that ended before its others.
         try:
             status = self.status()
@@ -213,10 +228,7 @@ class _Files:
                 return NoSuchProcess(f"the main thread of pid {self.pid} has ended; give the id of another of its "
                                      f"threads (ls /proc/{self.pid}/task)")
             return NoSuchProcess(f"pid {self.pid} has ended and only waits for its parent (a zombie); its memory is gone")
-        return self.ended()
-
-    def ended(self):
-        return NoSuchProcess(f"pid {self.pid} ended, or started another program, while it was read; nothing was kept")
+        return _ended(self.pid)
 
     def status(self):
         """The lines of /proc/PID/status as a dict of texts. NoSuchProcess."""
@@ -230,12 +242,8 @@ class _Files:
 
     def check_alive(self):
         """NoSuchProcess if the address space is gone: then, and only then, the start of pagemap is its end too."""
-        try:
-            if os.pread(self.pagemap, 8, 0):
-                return
-        except ProcessLookupError:
-            pass
-        raise self.ended()
+        if not os.pread(self.pagemap, 8, 0):
+            raise _ended(self.pid)
 
 
 def _read_words(fd, indices, past_end):
@@ -269,11 +277,12 @@ def _pread(fd, nbytes, offset):
 
 
 def _printable(raw):
-    # A text that can go to any terminal: what is not printable becomes \xNN.
+    # A text that can go to any terminal: what is not printable becomes \xNN, or \uNNNN.
     text = raw.decode(errors="backslashreplace")
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+                   for char in text)
 
 
 def _kib(text):
@@ -291,26 +300,14 @@ _SUMS = {b"KernelPageSize": "page_size", b"Rss": "rss_kib", b"Shared_Hugetlb": "
 
 
 def _read_vmas(files, notes):
-    text = _read_all(files, files.smaps)
+    text = b"".join(iter(lambda: os.read(files.smaps, 1 << 20), b""))
     if not text:
-        raise files._without_memory()
+        raise files.without_memory()
     mounts = _mounts(files.pid, notes)
-    vmas = []
-    for block in _smaps_blocks(text):
-        vmas.append(_vma(block, mounts))
+    vmas = [_vma(block, mounts) for block in _smaps_blocks(text)]
     if not any(vma.flags for vma in vmas):
         notes.append("this kernel shows no VmFlags: locked, hugetlb and device mappings are not recognised")
     return vmas
-
-
-def _read_all(files, fd):
-    pieces = []
-    try:
-        while piece := os.read(fd, 1 << 20):
-            pieces.append(piece)
-    except ProcessLookupError:
-        raise files.ended() from None
-    return b"".join(pieces)
 
 
 def _smaps_blocks(text):
@@ -339,17 +336,18 @@ def _vma(block, mounts):
     path, device, inode = _printable(path), device.decode(), int(inode)
     mode = mode.decode()
     major, minor = (int(part, 16) for part in device.split(":"))
-    fs = mounts.get((major, minor), "") if inode else ""
-    kind = _kind_of_vma(path, inode, mode[3] == "s", flags, fs)
+    fs = mounts.get((major, minor), "")
+    kind = _kind_of_vma(path, mode[3] == "s", flags, fs)
     sums["page_size"] = sums.get("page_size", 4) << 10
     return SnapshotVma(start=int(start, 16), end=int(end, 16), prot=mode[:3].replace("-", ""), shared=mode[3] == "s",
                        offset=int(offset, 16), path=path, inode=inode, device=device, flags=flags, kind=kind,
                        fs=fs or ("tmpfs" if kind == "shmem" else ""), **sums)
 
 
-def _kind_of_vma(path, inode, shared, flags, fs):
+def _kind_of_vma(path, shared, flags, fs):
     # The order matters: [vvar] is a pfnmap too, and a hugetlb memfd is named like any memfd.
-    # ``fs`` is empty for what is on no mount: the kernel's own memfd, SysV, anonymous shared and secret memory.
+    # ``fs`` is empty for what is on no mount: no file, or the kernel's own memfd, SysV, anonymous shared and secret
+    # memory. An inode of 0 does not mean that there is no file: the first SysV segment has it.
     if path.startswith("[") and not path.startswith(("[heap]", "[stack", "[anon:", "[anon_shmem:")):
         return "vdso"
     if "io" in flags or "pf" in flags:
@@ -358,10 +356,10 @@ def _kind_of_vma(path, inode, shared, flags, fs):
         return "hugetlb"
     if "mm" in flags:                          # VM_MIXEDMAP: DAX and drivers
         return "other"
-    if inode == 0:
-        return "anon" if not path or path.startswith("[") else "other"
     if path.startswith("[anon_shmem:"):
         return "shmem"
+    if not path or path.startswith("["):
+        return "anon"
     if path == "/dev/zero" and not shared:
         return "anon"
     if not fs:
@@ -577,7 +575,7 @@ def _number_pages(vmas, pages, frames):
         share(zero, frames.pfn)
         share(frames.kpf & _KPF_KSM != 0, frames.pfn)
     number, pgoff = _file_offsets(vmas, pages, by_path=frames is None)
-    of_file = (pages.word & _PM_FILE != 0) & (number > 0) & (pgoff < np.uint64(1 << 40)) & ~zero
+    of_file = (pages.word & _PM_FILE != 0) & (pgoff < np.uint64(1 << 40)) & ~zero
     share(of_file, _pairs(number << np.uint64(40) | pgoff, frame))
 
     is_first = same_as == np.arange(nr)
@@ -592,12 +590,12 @@ def _number_pages(vmas, pages, frames):
 
 
 def _file_offsets(vmas, pages, by_path):
-    # For each page the number of its file, 0 for none, and its offset there in pages. Where frames are not seen the
-    # path counts too: subvolumes of btrfs have the same inodes on the same device.
+    # For each page the number of its VMA's file, if that has one, and its offset there in pages. Where frames are not
+    # seen the path counts too: subvolumes of btrfs have the same inodes on one device, and so have memfd and SysV memory.
     numbers, of_vma = {}, []
     for vma in vmas:
         name = (vma.device, vma.inode, vma.path if by_path else None)
-        of_vma.append(numbers.setdefault(name, len(numbers) + 1) if vma.inode else 0)
+        of_vma.append(numbers.setdefault(name, len(numbers)))
     start = np.array([vma.start for vma in vmas], np.uint64)[pages.vma]
     offset = np.array([vma.offset for vma in vmas], np.uint64)[pages.vma]
     return np.array(of_vma, np.uint64)[pages.vma], (pages.va - start >> np.uint64(PAGE_SHIFT)) + (
@@ -826,8 +824,6 @@ def _read_bytes(files, va, out):
         while begin < end:
             try:
                 got = os.preadv(files.mem, [raw[begin * PAGE_SIZE:end * PAGE_SIZE]], int(va[begin]))
-            except ProcessLookupError:
-                raise files.ended() from None
             except OSError as error:
                 if error.errno not in (errno.EIO, errno.EFAULT):
                     raise
@@ -835,9 +831,8 @@ def _read_bytes(files, va, out):
                 out[begin] = 0
                 begin += 1
                 continue
-            if got < PAGE_SIZE:                 # the address space is gone
-                files.check_alive()
-                raise files.ended()
+            if not got:
+                raise _ended(files.pid)
             begin += got // PAGE_SIZE
     return bad
 
