@@ -113,6 +113,31 @@ def snapshot(
     return snapshot_job(pid=pid, output=output, layout_only=layout_only)
 
 
+@app.command()
+def run(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Scenario files; see docs/scenarios.md.")],
+        trace: Annotated[bool, typer.Option("--trace", help="Tell what happened to each folio, step by step.")] = False,
+        json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the results; - is standard output, the "
+                                                                        "lines then go to standard error.")] = None):
+    """Run scenario files and compare with what they expect.
+
+    Exit status 0 if all is as expected, 1 if something differs, 2 if a file is wrong or not supported. Every file is run.
+    """
+    from offload.report import json_target, write_json
+    from offload.scenario import run_file
+
+    json_target(json)
+    outcomes = []
+    for file in files:
+        outcome = run_file(file, trace=trace)
+        outcomes.append(outcome)
+        out = sys.stderr if json == "-" or outcome.message else sys.stdout
+        print(*outcome.lines(), sep="\n", file=out, flush=True)
+    if json:
+        results = [outcome.as_json() for outcome in outcomes]
+        write_json(json, results[0] if len(results) == 1 else results)
+    return max(outcome.exit_status for outcome in outcomes)
+
+
 def main(args=None):
     """Run the command line and return its exit status."""
     try:

@@ -67,7 +67,7 @@ class Outcome:
         """What is printed for the file: one line, the trace, and a line per difference."""
         head = f"{one_line(self.file)}: {self.status}"
         if self.message is not None:
-            return [f"{one_line(self.file)}: {self.message}"]
+            return [*self.trace, f"{one_line(self.file)}: {self.message}"]
         if self.differences:
             head += f", {len(self.differences)} field{'s' if len(self.differences) > 1 else ''}"
         return [*self.trace, head, *(f"  {one_line(field)}: expected {one_line(shown(expected))}, got {one_line(shown(got))}"
