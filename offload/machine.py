@@ -459,8 +459,8 @@ def isolate_folios(mem_table, pfns):
     """Isolate folios with NR_ISOLATED, in order, up to the first that cannot be; returns how many were."""
     mem = unpack(mem_table)
     for i in range(len(pfns)):
-        if i + 8 < len(pfns):
-            prefetch_record(mem.folios, pfns[i + 8])
+        if i + 16 < len(pfns):
+            prefetch_record(mem.folios, pfns[i + 16])
         if mem.folios[pfns[i]].refcount == 0 or not folio_isolate_lru(mem, pfns[i]):
             return i
         node_stat_add_isolated(mem, pfns[i], 1)

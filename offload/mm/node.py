@@ -11,7 +11,7 @@ of two neighbours for each page freed, and after a move in random order those ar
 
 import numpy as np
 
-from offload.intrinsics import count_trailing_zeros
+from offload.intrinsics import count_trailing_zeros, prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.frames import poison_frames
 from offload.mm.memmap import (
@@ -99,6 +99,15 @@ def lowest_free(mem, nid, order):
 def block_is_free(mem, nid, order, block):
     area = mem.free_areas[nid * NR_ORDERS + order]
     return mem.free_bits[area.leaf + (block >> 6)] & bit(block) != 0
+
+
+@jit_inline
+def prefetch_free_bits(mem, pfn):
+    """Ask for the words that freeing a base page will look at first: its buddy's bit, and that of the pair's buddy."""
+    nid = np.int64(mem.folios[pfn].nid)
+    page = pfn - mem.nodes[nid].start_pfn
+    prefetch_record(mem.free_bits, mem.free_areas[nid * NR_ORDERS].leaf + (page >> 6))
+    prefetch_record(mem.free_bits, mem.free_areas[nid * NR_ORDERS + 1].leaf + (page >> 7))
 
 
 # --- the buddy allocator (mm/page_alloc.c) --------------------------------------------------------------------
