@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from offload.errors import BrokenInvariant
-from offload.jit import JIT_DISABLED, cache_folder, cache_is_warm
+from offload.jit import JIT_DISABLED, cache_folder
 from offload.mm.memmap import FIRST_PFN, PG_locked, PG_writeback
 from offload.syscalls import NOT_WRITTEN
 from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_size
@@ -367,24 +367,29 @@ def _ms(ns):
 def announce_compiling(engine):
     """Compile what the job needs, if need be with a line on standard error: a tiny process goes all the way."""
     mark = None if JIT_DISABLED else cache_folder() / "warm-migrate"
-    if mark is not None and not (cache_is_warm() and mark.exists()):
+    if mark is not None and not mark.exists():
         print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
-    move_process(rebuild(_tiny_snapshot()), engine, move_all=True)
+    for nr_pages in (1, 65):                        # fewer folios than threads, and more
+        move_process(rebuild(_tiny_snapshot(nr_pages)), engine, move_all=True)
     if mark is not None:
         mark.touch()
 
 
-def _tiny_snapshot():
-    # An anonymous page that is shared, and a page of a file.
+def _tiny_snapshot(nr_pages):
+    # Anonymous pages that are shared, and for more than one, the last is of a file.
     vmas = (snap.SnapshotVma(start=1 << 21, end=2 << 21, prot="rw", shared=False, offset=0, path="", inode=0, device="00:00",
                              flags=(), kind="anon"),
             snap.SnapshotVma(start=2 << 21, end=3 << 21, prot="rw", shared=True, offset=0, path="/tiny", inode=1,
                              device="00:01", flags=(), kind="file", fs="ext4"))
-    folios = np.zeros(2, snap.FOLIO_DTYPE)
-    folios["va"], folios["page"], folios["vma"], folios["folio"] = (1 << 21, 2 << 21), (0, 1), (0, 1), (0, 1)
-    folios["nr_mapped"], folios["mapcount"], folios["bits"] = 1, (2, 1), (snap.FOLIO_ANON, snap.FOLIO_DIRTY)
+    at = np.arange(nr_pages)
+    folios = np.zeros(nr_pages, snap.FOLIO_DTYPE)
+    folios["va"], folios["page"], folios["folio"] = (1 << 21) + at * PAGE_SIZE, at, at
+    folios["nr_mapped"], folios["mapcount"], folios["bits"] = 1, 2, snap.FOLIO_ANON
+    if nr_pages > 1:
+        folios[-1] = (2 << 21, nr_pages - 1, 1, nr_pages - 1, 0, 1, 1, snap.FOLIO_DIRTY, 0)
     return snap.Snapshot(pid=1, comm="tiny", taken="", kernel="", vmas=vmas, folios=folios,
-                         data=np.ones((2, PAGE_SIZE), np.uint8), nr_pages=2, vm_pin_kib=0, folio_sizes_known=True)
+                         data=np.ones((nr_pages, PAGE_SIZE), np.uint8), nr_pages=nr_pages, vm_pin_kib=0,
+                         folio_sizes_known=True)
 
 
 @contextlib.contextmanager
