@@ -1,7 +1,8 @@
 """Every scenario file under tests/scenarios is one case, by name; and ``offload run`` as a command.
 
-A file that needs what this version leaves out is expected to raise NotSupported, strictly: when the feature comes, the
-case fails until it is judged like all others. Which ones these are is computed from the files; nothing is listed here.
+A file that needs what this version leaves out is expected to raise NotSupported. Which ones these are, and why, is
+computed from the files when they are collected; nothing is listed here, so when a feature comes its files are judged like
+all others.
 """
 
 import json
@@ -143,3 +144,17 @@ class TestData:
             "calls": [{"op": "migrate_pages"}, {"op": "migrate_pages", "mode": "MIGRATE_SYNC"}]})
         assert (first["rc"], first["left"]) == (1, ["b"])
         assert (second["rc"], second["left"], second["stats"]["nr_succeeded"]) == (0, [], 1)
+
+
+class TestPage:
+    """The worked examples of docs/scenarios.md come out as they say."""
+
+    def test_examples(self, tmp_path):
+        page = (pathlib.Path(__file__).parent.parent / "docs" / "scenarios.md").read_text()
+        examples = [part.split("```")[0] for part in page.split("```json\n")[1:]]
+        assert len(examples) == 2
+        for example in examples:
+            path = tmp_path / "example.json"
+            path.write_text(example)
+            outcome = run_file(str(path))
+            assert outcome.status == "passed", "\n".join(outcome.lines())
