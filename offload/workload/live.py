@@ -189,7 +189,8 @@ class _Files:
         except ProcessLookupError:
             raise self.without_memory() from None
         except PermissionError:
-            raise self._forbidden(name) from None
+            # A zombie's files are root's, whosoever it was.
+            raise (self._forbidden(name) if "VmSize" in self.status() else self.without_memory()) from None
 
     def _absent(self):
         try:
@@ -228,6 +229,8 @@ class _Files:
                 return NoSuchProcess(f"the main thread of pid {self.pid} has ended; give the id of another of its "
                                      f"threads (ls /proc/{self.pid}/task)")
             return NoSuchProcess(f"pid {self.pid} has ended and only waits for its parent (a zombie); its memory is gone")
+        if "VmSize" not in status:              # kernels before 6.8 do not say Kthread
+            return NoSuchProcess(f"pid {self.pid} has no memory of its own: it is a kernel thread, or just ending")
         return _ended(self.pid)
 
     def status(self):
