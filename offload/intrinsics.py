@@ -5,6 +5,7 @@ Each has a stand-in for ``NUMBA_DISABLE_JIT=1`` that does the same, slowly. Copy
 """
 
 import ctypes
+import platform
 import time
 
 from llvmlite import ir
@@ -12,19 +13,32 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from offload.jit import JIT_DISABLED, jit
+from offload.jit import JIT_DISABLED, jit, jit_entry
 
-__all__ = ("clock_ns", "thread_cpu_ns", "count_trailing_zeros", "fill_bytes", "bytes_are_zero", "prefetch_record")
+__all__ = ("clock_ns", "ticks", "read_clocks", "TICKS", "count_trailing_zeros", "fill_bytes", "bytes_are_zero", "prefetch_record")
 
 CLOCK_MONOTONIC = 1
-CLOCK_THREAD_CPUTIME_ID = 3
+
+
+def _tick_source():
+    """What ticks() reads: the time-stamp counter where it runs at one rate whatever the CPU does, else the clock."""
+    if JIT_DISABLED or platform.machine() != "x86_64":
+        return "clock_gettime"
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as cpuinfo:
+            flags = next((line for line in cpuinfo if line.startswith("flags")), "").split()
+    except OSError:
+        flags = []
+    return "tsc" if {"constant_tsc", "nonstop_tsc"} <= set(flags) else "clock_gettime"
+
+
+TICKS = _tick_source()
 
 if JIT_DISABLED:
     def clock_ns():
         return time.perf_counter_ns()
 
-    def thread_cpu_ns():
-        return time.thread_time_ns()
+    ticks = clock_ns
 
     def count_trailing_zeros(word):
         return (int(word) & -int(word)).bit_length() - 1
@@ -39,26 +53,30 @@ if JIT_DISABLED:
     def prefetch_record(array, i):
         return 0
 else:
-    def _read_clock(clock):
-        @intrinsic
-        def read_clock(typingctx):
-            def codegen(context, builder, signature, args):
-                word, half = ir.IntType(64), ir.IntType(32)
-                now = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
-                clock_gettime = cgutils.get_or_insert_function(
-                    builder.module, ir.FunctionType(half, [half, now.type]), "clock_gettime")
-                builder.call(clock_gettime, [half(clock), now])
-                seconds = builder.load(cgutils.gep_inbounds(builder, now, 0, 0))
-                rest = builder.load(cgutils.gep_inbounds(builder, now, 0, 1))
-                return builder.add(builder.mul(seconds, word(1_000_000_000)), rest)
-            return types.int64(), codegen
-        return read_clock
+    @intrinsic
+    def clock_ns(typingctx):
+        """The clock of time.perf_counter_ns(), 25 to 35 ns a reading."""
+        def codegen(context, builder, signature, args):
+            word, half = ir.IntType(64), ir.IntType(32)
+            now = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
+            clock_gettime = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(half, [half, now.type]), "clock_gettime")
+            builder.call(clock_gettime, [half(CLOCK_MONOTONIC), now])
+            seconds = builder.load(cgutils.gep_inbounds(builder, now, 0, 0))
+            rest = builder.load(cgutils.gep_inbounds(builder, now, 0, 1))
+            return builder.add(builder.mul(seconds, word(1_000_000_000)), rest)
+        return types.int64(), codegen
 
-    clock_ns = _read_clock(CLOCK_MONOTONIC)
-    """The clock of time.perf_counter_ns(), 25 to 35 ns a reading."""
+    @intrinsic
+    def _time_stamp_counter(typingctx):
+        def codegen(context, builder, signature, args):
+            read = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.IntType(64), []), "llvm.readcyclecounter")
+            return builder.call(read, [])
+        return types.int64(), codegen
 
-    thread_cpu_ns = _read_clock(CLOCK_THREAD_CPUTIME_ID)
-    """CPU time of the calling thread, as time.thread_time_ns(); a system call, so not for hot paths."""
+    ticks = _time_stamp_counter if TICKS == "tsc" else clock_ns
+    """A cheap clock of unknown rate, for two readings a folio; read_clocks() before and after gives the rate."""
 
     @intrinsic
     def count_trailing_zeros(typingctx, word):
@@ -107,3 +125,10 @@ else:
             builder.call(prefetch, [pointer, half(1), half(3), half(1)])
             return ir.IntType(64)(0)
         return types.int64(array, types.int64), codegen
+
+
+@jit_entry
+def read_clocks(out):
+    """Write (ns, ticks) of this moment to ``out[0]``, ``out[1]``."""
+    out[0] = clock_ns()
+    out[1] = ticks()

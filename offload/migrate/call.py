@@ -96,8 +96,8 @@ class Call(NamedTuple):
     pair_dst: np.ndarray        # int64
     pair_order: np.ndarray      # uint8
     pair_done: np.ndarray       # uint8: the batch copy's completions
-    pair_since: np.ndarray      # int64, ns: when the folio lost its first mapping
-    blocked_ns: np.ndarray      # int64: per folio given its mapping back, in that order; nr_blocked of them
+    pair_since: np.ndarray      # int64, ticks: when the folio lost its first mapping
+    blocked: np.ndarray         # int64, ticks: per folio given its mapping back, in that order; nr_blocked of them
 
 
 unpack_call = make_unpack("Call", Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int64, np.int64, np.uint8, np.uint8,

@@ -11,7 +11,7 @@ after it. ``move_at`` says from where.
 
 import numpy as np
 
-from offload.intrinsics import clock_ns
+from offload.intrinsics import clock_ns, ticks
 from offload.jit import jit_inline
 from offload.migrate.call import STEP_COPIED, STOP_STEP, step_before
 from offload.migrate.state import (
@@ -202,7 +202,7 @@ def migrate_folio_move(mem, call, src, dst, since):
             lru_add_drain(mem)
         if c.old_page_state & FOLIO_WAS_MAPPED:
             remove_migration_ptes(mem, src, dst)
-            call.blocked_ns[c.nr_blocked] = clock_ns() - since
+            call.blocked[c.nr_blocked] = ticks() - since
             c.nr_blocked += 1
         folio_unlock(mem, dst)
         folio_put(mem, dst)                         # the allocation's reference

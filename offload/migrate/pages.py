@@ -11,7 +11,7 @@ import numpy as np
 
 from offload.copy_offload import FolioBatch
 from offload.errors import InvalidInput, WouldHang
-from offload.intrinsics import prefetch_record
+from offload.intrinsics import prefetch_record, read_clocks
 from offload.jit import jit, jit_entry
 from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
 from offload.migrate.call import (
@@ -206,6 +206,8 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     state["stop_mask"] = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])
     call_table = pack(call)
     error = None
+    clocks = np.empty((2, 2), np.int64)
+    read_clocks(clocks[0])
     wall, cpu = time.perf_counter_ns(), time.process_time_ns()
     while (stop := migrate_pages_run(mem_table, call_table)) != DONE:
         try:
@@ -218,8 +220,10 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
             error = raised
             state["stop_mask"], state["interrupted"] = 0, 1
     wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
+    read_clocks(clocks[1])
+    ns, nr_ticks = clocks[1] - clocks[0]
 
-    result = make_result(call, wall, cpu)
+    result = make_result(call, wall, cpu, ns / max(nr_ticks, 1))
     if error is None and state["hang"][0]:
         error = WouldHang(f"the kernel would sleep for ever on folio {state['hang'][0]}: its lock or writeback is never "
                           f"released; the folio was left behind")
@@ -251,7 +255,7 @@ def plain(records):
     return records.view(np.ndarray)
 
 
-def make_result(call, wall_ns, cpu_ns):
+def make_result(call, wall_ns, cpu_ns, tick_ns):
     c, left = call.state[0], call.lists[L_RET]
     return MigrateResult(
         rc=int(c.rc), mode=MigrateMode(c.mode), reason=MigrateReason(c.reason),
@@ -264,4 +268,4 @@ def make_result(call, wall_ns, cpu_ns):
         copied_bytes=int(c.copied_bytes), moved_bytes=int(c.moved_bytes),
         phases_ns={"unmap": int(c.unmap_ns), "flush": int(c.flush_ns), "copy": int(c.copy_ns + c.move_copy_ns),
                    "move": int(c.move_ns - c.move_copy_ns)},
-        blocked_ns=call.blocked_ns[:c.nr_blocked].copy(), wall_ns=wall_ns, cpu_ns=cpu_ns)
+        blocked_ns=(call.blocked[:c.nr_blocked] * tick_ns).astype(np.int64), wall_ns=wall_ns, cpu_ns=cpu_ns)

@@ -6,7 +6,7 @@ mm/migrate.c (v7.3). Leaves out hwpoison entries and movable_ops pages.
 
 import numpy as np
 
-from offload.intrinsics import clock_ns
+from offload.intrinsics import ticks
 from offload.jit import jit, jit_inline
 from offload.migrate.call import list_add_tail
 from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_info_record
@@ -142,7 +142,7 @@ def migrate_folio_unmap(mem, call, src):
                 break
         elif folio.mapcount:
             old_page_state |= FOLIO_WAS_MAPPED
-            c.since = clock_ns()
+            c.since = ticks()
             try_to_migrate(mem, src)
         if folio.mapcount == 0:
             migrate_info_record(mem, dst, old_page_state, anon_vma)
