@@ -1,0 +1,164 @@
+"""Engine names, and what the command line says before any work is done."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import offload
+from conftest import World, on_duty
+from offload.cli import main
+from offload.engines import CUDA_ENGINES, MAX_THREADS, list_engines, parse_engine
+from offload.errors import EngineUnavailable, InvalidInput
+
+
+class TestParseEngine:
+    """An engine's name says who stands at the hatch, which kernel copies and with how many threads."""
+
+    @pytest.mark.parametrize("text, migrator, kernel, threads, limit", [
+        ("vanilla", None, "plain", 1, "plain:1"), ("vanilla+stream", None, "stream", 1, "stream:1"),
+        ("batch", "mc_copy", "plain", 1, "plain:1"), ("batch+stream", "mc_copy", "stream", 1, "stream:1"),
+        ("mt:1", "cpu_mt", "plain", 1, "plain:1"), ("mt:64+stream", "cpu_mt", "stream", 64, "stream:64"),
+    ])
+    def test_known(self, text, migrator, kernel, threads, limit):
+        engine = parse_engine(text)
+        assert (engine.name, engine.migrator, engine.copy_kernel, engine.threads) == (text, migrator, kernel, threads)
+        assert engine.limit_key == limit
+
+    def test_name_is_canonical(self):
+        assert parse_engine(" mt:04+stream ").name == "mt:4+stream"
+        assert parse_engine(" batch ").name == "batch"
+
+    @pytest.mark.parametrize("text", ["", "mc_copy", "mt", "mt:", "mt:0", f"mt:{MAX_THREADS + 1}", "mt:-1", "mt:x", "mt:1.5",
+                                      "mt:²", "batch:2", "batch+", "batch+fast", "vanilla:1", "+stream", "batch+stream+stream",
+                                      None, 7])
+    def test_unknown(self, text):
+        with pytest.raises(InvalidInput) as refused:
+            parse_engine(text)
+        assert "mt:" in str(refused.value) and "\n" not in str(refused.value)
+
+    @pytest.mark.parametrize("text", [*CUDA_ENGINES, "cuda-loop:4", "dma:2", "auto", "cuda-kernel+stream"])
+    def test_not_here(self, text):
+        with pytest.raises(EngineUnavailable, match="not available") as refused:
+            parse_engine(text)
+        assert repr(text) in str(refused.value) and refused.value.errno == 19
+
+
+class TestMakeMigrator:
+    """An engine makes its migrator afresh, and it moves memory."""
+
+    def test_vanilla_has_none(self):
+        assert parse_engine("vanilla").make_migrator() is None
+
+    @pytest.mark.parametrize("name", ["batch", "batch+stream", "mt:2", "mt:2+stream"])
+    def test_copies(self, name):
+        engine = parse_engine(name)
+        assert engine.make_migrator() is not engine.make_migrator()
+        world = World(copy_kernel=engine.copy_kernel)
+        pfns = world.pfns(8, 2)
+        with on_duty(world.machine, engine.make_migrator()) as migrator:
+            result = world.migrate(pfns)
+        assert migrator.name == engine.migrator
+        assert (result.rc, result.copies["batched"]) == (0, 8)
+        world.check()
+
+
+class TestListEngines:
+    """Every name there is is listed, and what is not available has its reason."""
+
+    def test_reasons(self):
+        listed = {name: reason for name, _, _, reason in list_engines()}
+        assert [name for name, reason in listed.items() if reason is None] == ["vanilla[+stream]", "batch[+stream]",
+                                                                            "mt:N[+stream]"]
+        for name, reason in listed.items():
+            concrete = re.sub(r"\[.*?\]", "", name).replace("N", "2")
+            if reason is None:
+                parse_engine(concrete)
+            else:
+                with pytest.raises(EngineUnavailable, match=re.escape(reason)):
+                    parse_engine(concrete)
+
+
+class Done:
+    def __init__(self, returncode, stdout, stderr):
+        self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process."""
+    def run(*args):
+        status = main(list(args))
+        return Done(status, *capsys.readouterr())
+    return run
+
+
+def run_alone(*args):
+    """Run it as the installed command does."""
+    return subprocess.run([sys.executable, "-c", "from offload.cli import entry; entry()", *args], capture_output=True,
+                          text=True, timeout=60)
+
+
+class TestCommandLine:
+    """Help and lists go to standard output with status 0; what is wrong is one line on standard error, status 2."""
+
+    def test_version(self, run):
+        done = run("--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, offload.__version__ + "\n", "")
+
+    @pytest.mark.parametrize("args", [("--help",), ("bench", "--help"), ("migrate", "--help"), ("run", "--help"),
+                                      ("snapshot", "--help"), ("engines", "--help")])
+    def test_help(self, run, args):
+        done = run(*args)
+        assert done.returncode == 0 and "Usage" in done.stdout and done.stderr == ""
+
+    def test_no_command_is_help_and_an_error(self, run):
+        done = run()
+        assert done.returncode == 2 and "Usage" in done.stdout + done.stderr
+
+    def test_engines(self, run):
+        done = run("engines")
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        for name, migrator, does, reason in list_engines():
+            line, = [line for line in lines if line.startswith(name + " ")]
+            assert migrator in line and does in line and (reason or "yes") in line
+
+    @pytest.mark.parametrize("args", [("nonsense",), ("--nonsense",), ("bench", "--size"), ("bench", "--repeat", "x"),
+                                      ("snapshot",), ("engines", "more"), ("run",)])
+    def test_usage_errors(self, run, args):
+        done = run(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"offload: [^\n]+ See offload .*--help\n", done.stderr)
+
+    @pytest.mark.parametrize("args", [("bench", "--engines", "warp"), ("bench", "--size", "4097"),
+                                      ("bench", "--engines", "dma:2"), ("bench", "--mode", "eager"),
+                                      ("bench", "--orders", "11"), ("bench", "--json", "/nonexistent/out.json"),
+                                      ("run", "--json", "/nonexistent/out.json", "x"), ("migrate", "--pid", "x")])
+    def test_wrong_values(self, run, args):
+        done = run(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"offload: [^\n]+\n", done.stderr)
+
+    def test_as_a_command(self):
+        """The exit status reaches the shell, and nothing but the line is printed."""
+        assert run_alone("--version").returncode == 0
+        done = run_alone("bench", "--engines", "warp")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"offload: [^\n]+\n", done.stderr)
+
+    def test_interrupted(self, run, monkeypatch):
+        def list_engines():
+            raise KeyboardInterrupt
+        monkeypatch.setattr("offload.engines.list_engines", list_engines)
+        done = run("engines")
+        assert (done.returncode, done.stdout) == (130, "")
+        assert re.fullmatch(r"offload: interrupted[^\n]*\n", done.stderr)
+
+    def test_a_bug_keeps_its_traceback(self, run, monkeypatch):
+        def list_engines():
+            raise ZeroDivisionError
+        monkeypatch.setattr("offload.engines.list_engines", list_engines)
+        with pytest.raises(ZeroDivisionError):
+            run("engines")
