@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -128,7 +129,7 @@ class TestLive:
         assert everything["kinds"]["anon"]["pages_moved"] > alone["kinds"]["anon"]["pages_skipped"] // 2
         assert alone["verified"] and everything["verified"]
 
-    @pytest.mark.parametrize("word", ["self", str(os.getpid())])
+    @pytest.mark.parametrize("word", ["self", "its own pid"])
     def test_on_itself(self, run, word):
         status, out, err = run("migrate", "--pid", word if word == "self" else os.getpid(), "--json", "-", "--layout-only")
         result = json.loads(out)
@@ -209,7 +210,7 @@ class TestBadInput:
         (["migrate", "SMALL", "--engine", "cuda-kernel"], "not available"),
         (["migrate", "SMALL", "--engine", "mt:0"], "threads"),
         (["migrate", "SMALL", "--batch-pages", "0"], "--batch-pages"),
-        (["migrate", "SMALL", "--batch-pages", "many"], "many"),
+        (["migrate", "SMALL", "--batch-pages", "many"], "--batch-pages"),
         (["migrate", "SMALL", "--json", "/nowhere/x.json"], "--json"),
         (["migrate", "SMALL", "--frobnicate"], "--frobnicate"),
         (["snapshot", "-o", "x"], "--pid"),
@@ -228,7 +229,8 @@ class TestBadInput:
         assert sorted(tmp_path.iterdir()) == before
 
     def test_a_kernel_thread(self, run):
-        if not os.path.exists("/proc/2/status") or "Kthread:\t1" not in open("/proc/2/status").read():
+        status = pathlib.Path("/proc/2/status")
+        if not status.exists() or "Kthread:\t1" not in status.read_text():
             pytest.skip("pid 2 is no kernel thread here")
         status, _, err = run("migrate", "--pid", 2)
         assert status == 2 and len(err) == 1

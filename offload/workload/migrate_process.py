@@ -334,6 +334,8 @@ def print_result(result, out):
     rest = max(result["wall_ns"] - sum(phases.values()), 0)
     show(f"time      {_ms(result['wall_ns'])} = " + " + ".join(f"{name} {_ms(ns)}" for name, ns in phases.items())
          + f" + looking up, isolating and the rest {_ms(rest)}; CPU {_ms(result['cpu_s'] * 1e9)}")
+    if result["cpu_s"] * 1e9 < 0.8 * result["wall_ns"]:
+        show("          the mover waited for a CPU: other work was running, and the times contain it")
     blocked = result["blocked_ns"]
     show("blocked   a folio, " + ", ".join(f"{name} {blocked[name] / 1e3:.1f} us" for name in blocked))
     if result["gbps"] is None:
