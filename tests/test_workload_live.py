@@ -407,6 +407,17 @@ tell(at=at)
         assert [int(va) - at for va in records["va"]] == [0, 1 << 38, (1 << 40) - PAGE_SIZE]
         assert [int(snapshot.data[page][0]) for page in records["page"]] == [5, 6, 7]
 
+    @pytest.mark.parametrize("nr_regions", [1 << 14, 2000, 512, 7, 1])
+    def test_thousands_of_holes(self, monkeypatch, nr_regions):
+        # More regions than PAGEMAP_SCAN takes at once, in the kernel (512) and here.
+        monkeypatch.setattr(live, "_SCAN_REGIONS", nr_regions)
+        with idle("at = mapped(6000 * PAGE); libc.madvise(at, 6000 * PAGE, NOHUGEPAGE)\n"
+                  "for i in range(0, 6000, 2): fill(at + i * PAGE, PAGE, i)\n"
+                  "tell(at=at)") as process:
+            snapshot = read(process.pid)
+        assert_bytes(snapshot, process.said.at, expected(6000, 0), but=range(1, 6000, 2))
+        assert not snapshot.nr_changed
+
     def test_guard_pages_are_not_swapped_ones(self):
         with idle("at = base_pages(8 * PAGE, 1); failed = libc.madvise(at, 4 * PAGE, 102); tell(at=at, failed=failed)"
                   ) as process:
@@ -562,6 +573,14 @@ class TestOptions:
         monkeypatch.setattr(snap, "available_bytes", lambda: 1 << 20)
         with idle(MIXED) as process:
             with pytest.raises(OutOfMemory, match="1M are available"):
+                read(process.pid)
+
+    def test_more_than_this_process_may_have(self, monkeypatch):
+        def full(*args):
+            raise MemoryError
+        monkeypatch.setattr(live, "_find_folios", full)
+        with idle(MIXED) as process:
+            with pytest.raises(OutOfMemory, match="--layout-only"):
                 read(process.pid)
 
     def test_progress(self):

@@ -37,7 +37,7 @@ import time
 
 import numpy as np
 
-from offload.errors import InvalidInput, NoSuchProcess, NotPermitted, NotSupported, OutOfMemory
+from offload.errors import InvalidInput, NoSuchProcess, NotPermitted, NotSupported, OffloadError, OutOfMemory
 from offload.units import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE, format_size
 from offload.workload import snapshot as snap
 from offload.workload.snapshot import FOLIO_DTYPE, MAX_FOLIO_ORDER, READ_KINDS, Snapshot, SnapshotVma
@@ -73,7 +73,9 @@ _BITS_OF_KPF = (
 #                            category_inverted, category_mask, category_anyof_mask, return_mask; }
 #   #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 # It writes the regions of pages in any of the wanted categories to vec, says in walk_end how far it came, and returns
-# the number of regions.
+# the number of regions. A walk of more than 512 regions can say less than it did (seen with 6.18: walk_end was where the
+# kernel's own buffer had last been full, although all regions up to the end were there), so that the end of the last
+# region counts too.
 _PM_SCAN_ARG = struct.Struct("12Q")
 _PAGEMAP_SCAN = 3 << 30 | _PM_SCAN_ARG.size << 16 | ord("f") << 8 | 16
 _PAGE_IS_PRESENT = 1 << 3
@@ -84,6 +86,7 @@ _SCAN_REGIONS = 1 << 14
 
 _PIECE_PAGES = 2048          # bytes are read, read again and compared by this much: 8 MiB
 _WALK_PAGES = 1 << 20        # a piece of pagemap, where it is read from end to end
+_LESS = "use --layout-only, or a smaller process"
 _GAP_WORDS = 64              # unwanted words that are cheaper to read than another system call
 
 
@@ -100,7 +103,7 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
 
     Raises InvalidInput (a pid that is none), NoSuchProcess (not there, without memory, gone half-way), NotPermitted
     (somebody else's), OutOfMemory (its bytes do not fit), NotSupported (a kernel without /proc/PID/smaps or with
-    other base pages).
+    other base pages), BrokenInvariant (what was put together contradicts itself: a bug).
     """
     if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 0:
         raise InvalidInput(f"pid {pid!r} is not a process id; give a positive number")
@@ -109,7 +112,7 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
     begun_ns = time.perf_counter_ns()
     taken = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     notes = []
-    with contextlib.ExitStack() as stack, _ended_means_gone(pid):
+    with contextlib.ExitStack() as stack, _errors_of_ours(pid):
         # All files are opened before any is read. Each stays with the address space it was opened on, so that a process
         # that calls exec, or a pid that is used again, shows as an end of file and never as another's pages.
         files = _Files(stack, pid, notes, want_bytes=not layout_only)
@@ -125,7 +128,7 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
     for array in (folios, reading.data):
         if array is not None:
             array.setflags(write=False)
-    return Snapshot(
+    snapshot = Snapshot(
         pid=pid, comm=status["Name"], taken=taken, kernel=os.uname().release,
         vmas=tuple(vmas), folios=folios, data=reading.data, nr_pages=numbers.nr_pages,
         vm_pin_kib=_kib(status.get("VmPin")), vm_lck_kib=_kib(status.get("VmLck")),
@@ -133,17 +136,21 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
         read_ns=time.perf_counter_ns() - begun_ns,
         nr_changed=int(np.count_nonzero(reading.changed)), nr_unreadable=int(np.count_nonzero(reading.unreadable)),
         nr_vanished=int(np.count_nonzero(reading.vanished)), skipped=skipped, notes=tuple(notes))
+    snap.validate_snapshot(snapshot)            # the kernel's answers are put together here, and not always as documented
+    return snapshot
 
 
 @contextlib.contextmanager
-def _ended_means_gone(pid):
-    # Whatever says ESRCH says that the address space is gone.
+def _errors_of_ours(pid):
+    # Whatever says ESRCH says that the address space is gone; and memory may be limited in more ways than are looked at.
     try:
         yield
-    except NoSuchProcess:
+    except OffloadError:
         raise
     except ProcessLookupError:
         raise _ended(pid) from None
+    except MemoryError:
+        raise OutOfMemory(f"reading pid {pid} takes more memory than this process may have; {_LESS}") from None
 
 
 def _ended(pid):
@@ -474,11 +481,10 @@ def _scan_pages(pagemap, vma):
             if error.errno in (errno.ENOTTY, errno.EINVAL, errno.ENOSYS):
                 return None
             raise
-        regions.append(vec[:nr_regions].copy())
-        walk_end = _PM_SCAN_ARG.unpack(arg)[4]
-        if walk_end <= at:
+        if not nr_regions:
             break
-        at = walk_end
+        regions.append(vec[:nr_regions].copy())
+        at = max(_PM_SCAN_ARG.unpack(arg)[4], int(vec[nr_regions - 1, 1]))
     start, end, categories = np.concatenate(regions).T if regions else np.empty((3, 0), np.uint64)
     nr_pages = (end - start >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     va = np.repeat(start, nr_pages) + (_within(nr_pages) << PAGE_SHIFT).astype(np.uint64)
@@ -809,13 +815,12 @@ def _read_data(files, pages, numbers, frames, layout_only, max_bytes, progress):
 
 
 def _check_room(pid, total, max_bytes):
-    remedy = "use --layout-only, or a smaller process"
     if max_bytes is not None and total > max_bytes:
-        raise OutOfMemory(f"pid {pid} has {format_size(total)} to read and {format_size(max_bytes)} are allowed; {remedy}")
+        raise OutOfMemory(f"pid {pid} has {format_size(total)} to read and {format_size(max_bytes)} are allowed; {_LESS}")
     available = snap.available_bytes()
     if available is not None and total > available:
         raise OutOfMemory(f"pid {pid} has {format_size(total)} to read and {format_size(available)} are available; "
-                          f"{remedy}")
+                          f"{_LESS}")
 
 
 def _read_bytes(files, va, out):
