@@ -31,7 +31,6 @@ from offload.workload.snapshot import validate_snapshot
 
 PMD_SIZE = HPAGE_PMD_NR * PAGE_SIZE
 NOBODY = 65534
-STOPPED_BY = {}
 
 
 def _frames_hidden():
@@ -40,7 +39,7 @@ def _frames_hidden():
     except OSError:
         return True
     with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek((id(STOPPED_BY) >> 12) * 8)
+        pagemap.seek((id(os) >> 12) * 8)
         return struct.unpack("Q", pagemap.read(8))[0] & ((1 << 55) - 1) == 0
 
 

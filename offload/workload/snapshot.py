@@ -139,6 +139,7 @@ class SnapshotVma:
     page_size: int = PAGE_SIZE
     """KernelPageSize: the huge page's size for hugetlb, else 4096."""
     rss_kib: int = 0
+    """Rss; of hugetlb, which has none, Shared_Hugetlb + Private_Hugetlb."""
     swap_kib: int = 0
     dirty_kib: int = 0
     """Shared_Dirty + Private_Dirty: pages dirty in the folio or in the page table."""
