@@ -26,11 +26,16 @@ import tempfile
 import llvmlite
 import numba
 
-__all__ = ("JIT_DISABLED", "jit", "jit_inline", "jit_entry", "cache_folder", "cache_is_warm", "mark_cache_warm")
+__all__ = ("JIT_DISABLED", "jit", "jit_inline", "jit_once", "jit_entry", "cache_folder", "cache_is_warm", "mark_cache_warm")
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
 _KEEP_FOLDERS = 4
+
+if "NUMBA_OPT" not in os.environ:
+    # For the whole process, as Numba has no such option for a function. At level 1 compiling takes 30 s of CPU instead
+    # of 39 (Zen 3, 2.4 GHz), a metadata-only move 4 % longer; copies are written with vectors of their own.
+    numba.config.OPT = type(numba.config.OPT)(1)
 
 
 def _source_folders():
@@ -109,8 +114,8 @@ _INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 def jit(function):
     """Compile ``function`` for use by other compiled functions: nopython, GIL released, cached.
 
-    Python cannot call it (unless the JIT is disabled): the wrapper that would let it costs more to compile than most
-    functions. Division by zero follows NumPy, nothing is raised.
+    Python cannot call it, and crashes if it tries (unless the JIT is disabled): the wrapper that would let it costs more
+    to compile than most functions. Division by zero follows NumPy, nothing is raised.
     """
     return _compile(function, **_INSIDE)
 
@@ -118,6 +123,14 @@ def jit(function):
 def jit_inline(function):
     """As :func:`jit`, and inlined into each caller: for small functions called once a folio."""
     return _compile(function, forceinline=True, **_INSIDE)
+
+
+def jit_once(function):
+    """As :func:`jit`, for functions with one caller: made a part of it before compiling, not compiled on their own.
+
+    Numba optimises a function again in each that calls it, so a chain of large functions is paid for at every link.
+    """
+    return _compile(function, inline="always", **_INSIDE)
 
 
 def jit_entry(function):

@@ -22,7 +22,7 @@ The rules, for one attempt at a folio:
 import numpy as np
 
 from offload.intrinsics import clock_ns
-from offload.jit import jit, jit_inline
+from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.batch_copy import batch_copy_needs_migrator, mark_copied_folios
 from offload.migrate.call import (
     DONE, L_BACK, L_BATCH, L_ONE, L_RET, L_SPLIT, STEP_BATCH_COPIED, STEP_FLUSH, STEP_FLUSHED, STEP_MOVE,
@@ -35,6 +35,7 @@ from offload.migrate.state import FOLIO_WAS_MAPPED, folio_batch_eligible, migrat
 from offload.migrate.unmap import (
     migrate_folio_done, migrate_folio_undo_dst, migrate_folio_undo_src, migrate_folio_unmap,
 )
+from offload.mm.frames import prefetch_frame
 from offload.mm.memmap import (
     PG_active, PG_deferred_list, PG_hugetlb, PG_movable_ops, PG_partially_mapped, PG_unevictable,
 )
@@ -146,7 +147,7 @@ def migrate_pages_batch(mem, call):
             return DONE
 
 
-@jit
+@jit_once
 def unmap_phase(mem, call):
     """Phase 1: up to ``passes`` passes of unmapping. 0, or STOP_STEP."""
     c = call.state[0]
@@ -189,7 +190,7 @@ def count_split(call, thp):
     c.nr_thp_split += thp
 
 
-@jit_inline
+@jit_once
 def unmap_one(mem, call, src):
     """One attempt at one folio in the unmap phase. Returns whether it stays on its list.
 
@@ -280,7 +281,7 @@ def pair_row(call, i):
     return i if i < c.nr_batch else c.pair_size + i - c.nr_batch
 
 
-@jit
+@jit_once
 def move_phase(mem, call):
     """Phase 2: up to ``passes`` passes over the pairs. 0, or STOP_STEP."""
     c = call.state[0]
@@ -302,6 +303,8 @@ def move_phase(mem, call):
                     others_before_move(mem, src)
             nr_pages = np.int64(1) << folio_order(mem, src)
             thp = is_thp(mem, src)
+            if c.i >= c.nr_batch and c.i + 1 < c.nr_batch + c.nr_single:
+                prefetch_frame(mem, call.pair_src[row + 1])         # it will be copied here
             rc = migrate_folio_move(mem, call, src, call.pair_dst[row], call.pair_since[row])
             if rc > 0:
                 return rc
@@ -340,7 +343,7 @@ def folio_order(mem, pfn):
     return np.int64(mem.folios[pfn].order)
 
 
-@jit
+@jit_once
 def undo_phase(mem, call):
     """Restore the pairs that ended in -EAGAIN (migrate_folios_undo()). 0, or STOP_STEP."""
     c = call.state[0]
@@ -371,7 +374,7 @@ def sync_begin(mem, call):
     batch_begin(mem, call, MIGRATE_ASYNC, L_BATCH, L_BACK, L_SPLIT, NR_MAX_MIGRATE_ASYNC_RETRY)
 
 
-@jit
+@jit_once
 def migrate_pages_sync(mem, call):
     """The whole batch asynchronously, then what is left one by one in the caller's mode. 0 with ``batch_rc``, or STOP_*.
 

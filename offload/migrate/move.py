@@ -12,7 +12,7 @@ after it. ``move_at`` says from where.
 import numpy as np
 
 from offload.intrinsics import clock_ns, ticks
-from offload.jit import jit_inline
+from offload.jit import jit_inline, jit_once
 from offload.migrate.call import STEP_COPIED, STOP_STEP, step_before
 from offload.migrate.state import (
     FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, folio_take_content_copied, migrate_info_extract, migrate_info_record,
@@ -55,7 +55,7 @@ def folio_ref_freeze(mem, pfn, expected):
     return mem.folios[pfn].refcount == expected
 
 
-@jit_inline
+@jit_once
 def folio_migrate_mapping(mem, dst, src, expected):
     """Replace ``src`` by ``dst`` in its mapping. 0, or -EAGAIN (a reference appeared; nothing is changed).
 
@@ -118,7 +118,7 @@ def folio_migrate_flags(mem, dst, src):
     old.private = 0
 
 
-@jit_inline
+@jit_once
 def __migrate_folio(mem, call, dst, src, move_private):
     """Contents and state of ``src`` to ``dst``: both locked, ``src`` unmapped.
 
@@ -159,7 +159,7 @@ def __migrate_folio(mem, call, dst, src, move_private):
     return 0
 
 
-@jit_inline
+@jit_once
 def move_to_new_folio(mem, call, dst, src):
     """Move through the mapping's callback. As __migrate_folio(); after success a page-cache src has no mapping.
 
@@ -173,7 +173,7 @@ def move_to_new_folio(mem, call, dst, src):
     return rc
 
 
-@jit_inline
+@jit_once
 def migrate_folio_move(mem, call, src, dst, since):
     """Finish the migration of an unmapped ``src`` to ``dst``, both locked.
 

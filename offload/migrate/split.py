@@ -53,13 +53,15 @@ def try_split_folio(mem, call, src):
 
 @jit
 def split_folio(mem, src):
-    """Split a locked, isolated folio to order 0. 0, -EBUSY (writeback, truncated) or -EAGAIN (unexplained references).
+    """Split a locked, isolated folio to order 0. 0, -EBUSY (writeback, truncated, unmapped) or -EAGAIN (unexplained references).
 
     Anonymous pieces are mapped as before, but for pages of zeros, which the shared zero page replaces outside
     mlocked vmas; pieces of a file are left unmapped. Kernel: __folio_split().
     """
     folio = mem.folios[src]
     if folio.page_flags & PG_writeback or folio.mapping == 0:
+        return -EBUSY
+    if folio_test_anon(mem, src) and folio.mapcount == 0:   # folio_get_anon_vma() vouches for mapped folios only
         return -EBUSY
     if folio.refcount != folio_expected_ref_count(mem, src) + 1:
         return -EAGAIN

@@ -7,7 +7,7 @@ mm/migrate.c (v7.3). Leaves out hwpoison entries and movable_ops pages.
 import numpy as np
 
 from offload.intrinsics import ticks
-from offload.jit import jit, jit_inline
+from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.call import list_add_tail
 from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_info_record
 from offload.mm.memmap import (
@@ -83,7 +83,7 @@ def migrate_folio_done(mem, src, reason):
         folio_put(mem, src)
 
 
-@jit_inline
+@jit_once
 def migrate_folio_unmap(mem, call, src):
     """Allocate and lock a destination for ``src``, lock ``src`` and replace its page-table entries.
 

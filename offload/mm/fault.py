@@ -366,7 +366,10 @@ def zap_entry(mem, vma, entry):
 
 @jit_entry
 def zap_range(mem_table, vma, start, end):
-    """Clear all entries of a vma in [start, end), page aligned; a PMD leaf that is only partly inside is split."""
+    """Clear all entries of a vma in [start, end), page aligned; a PMD leaf that is only partly inside is split.
+
+    Page tables that are empty then are freed, so that a THP fits there again (free_pgtables()).
+    """
     mem = unpack(mem_table)
     area = mem.vmas[vma]
     address = start
@@ -386,6 +389,19 @@ def zap_range(mem_table, vma, start, end):
         if mem.tables[pte]:
             zap_entry(mem, vma, pte)
         address += PAGE_SIZE
+        if address & PMD_SIZE - 1 == 0 or address >= end:
+            free_empty_table(mem, pmd)
+
+
+@jit
+def free_empty_table(mem, pmd):
+    """Free the page table of a PMD entry if all of its entries are none."""
+    table = mem.tables[pmd] >> PAGE_SHIFT
+    for pte in range(table * PTRS, table * PTRS + PTRS):
+        if mem.tables[pte]:
+            return
+    mem.tables[pmd] = 0
+    free_table(mem, table)
 
 
 @jit_entry

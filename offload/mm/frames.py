@@ -15,11 +15,11 @@ import numpy as np
 from offload.errors import InvalidInput, OutOfMemory
 from offload.intrinsics import fill_bytes
 from offload.jit import jit, jit_inline
-from offload.kernels.cpu import KERNEL_STREAM, copy_bytes, stream_fence
+from offload.kernels.cpu import KERNEL_STREAM, copy_bytes, prefetch, stream_fence
 from offload.mm.memmap import FIRST_PFN
 from offload.units import EHWPOISON, PAGE_SHIFT, PAGE_SIZE, format_size
 
-__all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "folio_mc_copy", "copy_pages", "POISON")
+__all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_frame", "folio_mc_copy", "copy_pages", "POISON")
 
 POISON = 0xAA
 HUGE_PAGE = 2 << 20
@@ -80,6 +80,15 @@ def copy_pages(mem, dst, src, nr_pages):
     address = frame_address(mem, dst)
     if address:
         copy_bytes(0, address, frame_address(mem, src), nr_pages << PAGE_SHIFT)
+
+
+@jit_inline
+def prefetch_frame(mem, pfn):
+    """Ask for the beginning of a folio that will be copied next; any pfn is safe."""
+    address = frame_address(mem, pfn)
+    if address:
+        for line in range(4):
+            prefetch(address + 64 * line)
 
 
 @jit

@@ -8,7 +8,7 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.mm.memmap import (
-    MAPPING_SHMEM, PG_deferred_list, PG_dirty, PG_locked, PG_lru, PG_mlocked, PG_reserved, PG_swapbacked,
+    MAPPING_SHMEM, PG_deferred_list, PG_dirty, PG_locked, PG_lru, PG_mlocked, PG_private, PG_reserved, PG_swapbacked,
     PG_unevictable,
 )
 from offload.mm.node import GUP_PIN_COUNTING_BIAS, NR_ORDERS, WORD_BITS
@@ -143,6 +143,7 @@ def validate_counts(mem, heads, entries):
     row = mem.folios[heads]
     nr_pages = np.int64(1) << row.order.astype(np.int64)
     expected += np.where(row.mapping > 0, nr_pages, 0)
+    expected += np.where((row.mapping >= 0) & (row.page_flags & PG_private != 0), 1, 0)
     expected += np.where(row.page_flags & PG_reserved != 0, 1, 0)
     expected += mem.others.refs_held[row.others]
     expected += np.where(row.order > 0, row.pincount, row.pincount * GUP_PIN_COUNTING_BIAS)
