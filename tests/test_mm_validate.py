@@ -1,0 +1,225 @@
+"""validate() sees each kind of broken books, and says which page frame it is."""
+
+import numpy as np
+import pytest
+
+from conftest import World
+from offload.errors import BrokenInvariant
+from offload.mm.memmap import PG_deferred_list, PG_dirty, PG_locked, PG_lru, PG_mlocked, PG_unevictable
+from offload.mm.node import NR_ORDERS
+from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, PTRS
+from offload.units import PAGE_SHIFT, PAGE_SIZE
+
+
+@pytest.fixture
+def books():
+    """A machine with something of everything, in order."""
+    world = World(2048, 1024)
+    world.address, world.small = world.map(3)
+    world.large_address, (world.large,) = world.map(1, 3)
+    world.huge_address, (world.huge,) = world.map(1, 9)
+    world.file = world.machine.file("32K")
+    world.file_address, world.cached = world.map(2, 2, file=world.file, shared=True)
+    world.map(1, 2, file=world.machine.file("16K", kind="shmem"), shared=True)
+    world.map(1, 2, mlock=True)
+    world.machine.fragment(1, 2)
+    world.machine.lru_add_drain()
+    world.check()
+    return world
+
+
+def broken(world, *pfns):
+    with pytest.raises(BrokenInvariant) as raised:
+        world.machine.validate()
+    message = str(raised.value)
+    assert "\n" not in message and raised.value.errno == 5
+    for pfn in pfns:
+        assert str(int(pfn)) in message, message
+    return message
+
+
+def entry_of(world, address):
+    """Index in Memory.tables of the leaf entry for an address."""
+    tables, table = world.machine.mem.tables, int(world.machine.mem.mms.pgd[world.process.mm])
+    for shift in (39, 30, 21, 12):
+        at = table * PTRS + (address >> shift & PTRS - 1)
+        if shift == 12 or tables[at] & PTE_HUGE:
+            return at
+        table = int(tables[at]) >> PAGE_SHIFT
+
+
+class TestFrames:
+    """Each page is free or in one folio, never both, never neither."""
+
+    def test_used_and_free(self, books):
+        books.folios.refcount[FREE] = 1
+        assert "exactly one place" in broken(books, FREE)
+
+    def test_neither(self, books):
+        # A large folio's tail forgotten: the folio claims fewer pages than it was given.
+        books.folios.order[books.large] = 2
+        books.machine.mem.orders[books.large:books.large + 4] = 2
+        assert "exactly one place" in broken(books, books.large + 4)
+
+    def test_orders_of_tails(self, books):
+        books.machine.mem.orders[books.large + 3] = 0
+        assert "order differs" in broken(books, books.large)
+
+    def test_negative_refcount(self, books):
+        books.folios.refcount[FREE] = -1
+        broken(books, FREE)
+
+    def test_bitmap_without_its_count(self, books):
+        books.machine.mem.free_areas.nr_free[5] += 1
+        assert "order 5" in broken(books)
+
+    def test_free_pages_of_a_node(self, books):
+        books.machine.mem.nodes.nr_free_pages[1] -= 1
+        assert "node 1" in broken(books)
+
+    def test_overlapping_free_blocks(self, books):
+        mem = books.machine.mem
+        area = mem.free_areas[0 * NR_ORDERS + 0]
+        block = FREE - int(mem.nodes.start_pfn[0])
+        mem.free_bits[area.leaf + (block >> 6)] |= np.int64(1) << np.int64(block & 63)
+        area.nr_free += 1
+        mem.nodes.nr_free_pages[0] += 1
+        assert "two free blocks" in broken(books, FREE)
+
+
+FREE = 1024 + 2040
+"""A page of node 0 that nothing above uses."""
+
+
+class TestEntries:
+    """Outside a call every entry maps a page in use, as often as the folio says."""
+
+    def test_migration_entry(self, books):
+        tables, at = books.machine.mem.tables, entry_of(books, books.address)
+        tables[at] = tables[at] & ~PTE_PRESENT | PTE_MIGRATION
+        assert "migration entries" in broken(books, books.address)
+
+    def test_neither_none_nor_present(self, books):
+        tables, at = books.machine.mem.tables, entry_of(books, books.address)
+        tables[at] &= ~PTE_PRESENT
+        broken(books, books.address)
+
+    def test_a_free_page_mapped(self, books):
+        tables, at = books.machine.mem.tables, entry_of(books, books.address)
+        tables[at] = tables[at] & PAGE_SIZE - 1 | FREE << PAGE_SHIFT
+        assert "free pages" in broken(books, FREE)
+
+    @pytest.mark.parametrize("which", ["small", "large", "huge"])
+    def test_mapcount(self, books, which):
+        pfn = np.atleast_1d(getattr(books, which))[0]
+        books.folios.mapcount[pfn] += 1
+        books.folios.refcount[pfn] += 1
+        assert "mapcount" in broken(books, pfn)
+
+    def test_entire_mapcount(self, books):
+        books.folios.entire_mapcount[books.large] = 1
+        assert "entire_mapcount" in broken(books, books.large)
+
+    def test_an_entry_lost(self, books):
+        books.machine.mem.tables[entry_of(books, books.address)] = 0
+        assert "mapcount" in broken(books, books.small[0])
+
+    def test_exclusive_page_of_a_file(self, books):
+        books.machine.mem.tables[entry_of(books, books.file_address)] |= PTE_EXCLUSIVE
+        assert "exclusive" in broken(books)
+
+    def test_exclusive_page_mapped_twice(self, books):
+        child = books.process.fork()
+        tables = books.machine.mem.tables
+        tables[entry_of(books, books.address)] |= PTE_EXCLUSIVE
+        books.process, parent = child, books.process
+        tables[entry_of(books, books.address)] |= PTE_EXCLUSIVE
+        books.process = parent
+        assert "exclusive" in broken(books, books.small[0])
+
+    @pytest.mark.parametrize("counter", ["rss_anon", "rss_file", "rss_shmem"])
+    def test_rss(self, books, counter):
+        books.machine.mem.mms[counter][books.process.mm] += 1
+        assert counter in broken(books)
+
+
+class TestReferences:
+    """Each reference has its reason."""
+
+    @pytest.mark.parametrize("by", [1, -1])
+    @pytest.mark.parametrize("which", ["small", "large", "huge", "cached"])
+    def test_refcount(self, books, which, by):
+        pfn = np.atleast_1d(getattr(books, which))[0]
+        if books.folios.refcount[pfn] + by:
+            books.folios.refcount[pfn] += by
+            assert "refcount" in broken(books, pfn)
+
+    def test_pins(self, books):
+        books.folios.pincount[books.small[1]] += 1
+        assert "refcount" in broken(books, books.small[1])
+
+    def test_isolated_for_ever(self, books):
+        """A folio off the LRU without the reference of who took it off."""
+        books.folios.page_flags[books.small[2]] &= ~PG_lru
+        assert "refcount" in broken(books, books.small[2])
+
+    def test_others(self, books):
+        books.surround(books.small[0], refs=2)
+        books.machine.validate()
+        books.machine.mem.others.refs_held[books.folios.others[books.small[0]]] = 1
+        assert "refcount" in broken(books, books.small[0])
+
+
+class TestLeftovers:
+    """Nothing of a call remains after it."""
+
+    def test_a_lock(self, books):
+        books.folios.page_flags[books.small[0]] |= PG_locked
+        assert "locked" in broken(books, books.small[0])
+
+    def test_a_state_word(self, books):
+        books.folios.migrate_info[books.small[0]] = 4
+        assert "state word" in broken(books, books.small[0])
+
+
+class TestPageCache:
+    """Each slot holds the folio that knows it."""
+
+    def slots(self, books):
+        return int(books.machine.mem.mappings.slots[books.file.mapping])
+
+    def test_count(self, books):
+        books.machine.mem.mappings.nrpages[books.file.mapping] += 1
+        assert "nrpages" in broken(books)
+
+    def test_an_empty_slot(self, books):
+        books.machine.mem.slots[self.slots(books) + 3] = 0
+        assert "nrpages" in broken(books)
+
+    def test_another_folio(self, books):
+        books.machine.mem.slots[self.slots(books) + 3] = books.small[0]
+        assert "slots" in broken(books, 3)
+
+    def test_the_wrong_place(self, books):
+        books.machine.mem.slots[self.slots(books) + 3] = books.cached[1]
+        assert "slots" in broken(books, 3)
+
+
+class TestNodeCounters:
+    """The counters of a node are sums over its folios."""
+
+    @pytest.mark.parametrize("nid", [0, 1])
+    @pytest.mark.parametrize("counter", [
+        "nr_isolated_anon", "nr_isolated_file", "nr_lru_anon", "nr_lru_file", "nr_unevictable", "nr_anon_mapped",
+        "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_file_dirty", "nr_mlock", "nr_deferred_split"])
+    def test_counter(self, books, counter, nid):
+        books.machine.mem.nodes[counter][nid] += 1
+        message = broken(books)
+        assert counter in message and f"node {nid}" in message
+
+    @pytest.mark.parametrize("flag, counter, which", [
+        (PG_mlocked, "nr_mlock", "small"), (PG_dirty, "nr_file_dirty", "cached"), (PG_deferred_list, "nr_deferred_split", "huge"),
+        (PG_unevictable, "nr_lru", "small")])
+    def test_flag_without_its_counter(self, books, flag, counter, which):
+        books.folios.page_flags[np.atleast_1d(getattr(books, which))[0]] |= flag
+        assert counter in broken(books)
