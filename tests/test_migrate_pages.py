@@ -180,6 +180,7 @@ class TestState:
         dst, = world.machine.folios_of(world.process, address, 1)
         assert world.folios.page_flags[dst] & PG_mlocked
         assert world.machine.mem.nodes.nr_mlock.tolist() == [0, 1 << order]
+        assert world.machine.mem.nodes.nr_unevictable.tolist() == [0, 1 << order]
         world.check()
 
     @pytest.mark.parametrize("kind", ["file", "shmem"])

@@ -293,6 +293,17 @@ class TestMlock:
         assert world.machine.mem.nodes.nr_mlock[0] == 0
         world.machine.validate()
 
+    def test_a_file_page_stays_when_unlocked(self, world):
+        """What others still map, or the page cache keeps, is evictable again."""
+        file = world.machine.file("8K")
+        address, pfns = world.map(2, file=file, shared=True, mlock=True)
+        world.machine.lru_add_drain()
+        assert world.machine.mem.nodes.nr_unevictable[0] == 2
+        world.process.munmap(address, 2 * PAGE_SIZE)
+        world.expected.clear()
+        assert world.machine.mem.nodes.nr_unevictable[0] == 0 and world.machine.mem.nodes.nr_lru_file[0] == 2
+        world.check()
+
 
 class TestFiles:
     """A file's pages are in its page cache once, whoever maps them; private writers get copies of their own."""

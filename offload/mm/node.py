@@ -367,6 +367,14 @@ def lru_add(mem, pfn):
 
 
 @jit
+def lru_readd(mem, pfn):
+    """Move a folio that is on the LRU to the list where its mlocked mark wants it now (__mlock_folio() and its twin)."""
+    if mem.folios[pfn].page_flags & PG_lru:
+        lru_stat_add(mem, pfn, -1)
+        lru_add(mem, pfn)
+
+
+@jit
 def lru_add_drain(mem):
     """Empty the per-CPU batch: its folios go on their LRU and its references are dropped (in order of adding)."""
     sys = mem.sys[0]

@@ -17,7 +17,7 @@ from offload.mm.address_space import folio_mark_dirty
 from offload.mm.memmap import (
     PG_dirty, PG_mlocked, PG_swapbacked, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
 )
-from offload.mm.node import deferred_split_folio, folio_maybe_dma_pinned
+from offload.mm.node import deferred_split_folio, folio_maybe_dma_pinned, lru_readd
 from offload.units import HPAGE_PMD_ORDER, PAGE_SHIFT
 
 __all__ = (
@@ -204,6 +204,7 @@ def folio_add_rmap(mem, folio_pfn, vma, huge):
     if mem.vmas[vma].vm_flags & VM_LOCKED and folio.page_flags & PG_mlocked == 0:
         folio.page_flags |= PG_mlocked
         mem.nodes[folio.nid].nr_mlock += nr_pages
+        lru_readd(mem, folio_pfn)
 
 
 @jit_inline
@@ -228,6 +229,7 @@ def folio_remove_rmap(mem, folio_pfn, vma, huge):
     if mem.vmas[vma].vm_flags & VM_LOCKED and folio.page_flags & PG_mlocked:
         folio.page_flags &= ~PG_mlocked
         mem.nodes[folio.nid].nr_mlock -= nr_pages
+        lru_readd(mem, folio_pfn)
 
 
 @jit_inline
