@@ -90,21 +90,25 @@ def folio_maybe_mapped_shared(mem, pfn):
 
 @jit_entry
 def queue_run(mem_table, mm, starts, ends, vmas, addresses, nids, i, move_all, status, queue):
-    """Queue folios from entry ``i`` on, until the run ends. (entries looked at, folios queued, last result).
+    """Queue folios from entry ``i`` on, until a run ends. (entries looked at, folios queued, result of the last).
 
-    The run ends at an entry for another node (not looked at), or after one that was not queued; its result is last.
+    A run ends at an entry for another node (not looked at), or after one that was not queued; that entry's result is
+    last. Entries that are not queued while the queue is empty get their status here: there is nothing to move yet.
     """
     mem = unpack(mem_table)
     nr = 0
-    nid = nids[i]
-    while i < len(addresses) and nids[i] == nid:
+    first = i
+    while i < len(addresses) and nids[i] == nids[first]:
         vma = find_vma(starts, ends, vmas, addresses[i])
-        rc, pfn = add_folio_for_migration(mem, mm, vma, addresses[i], nid, move_all)
+        rc, pfn = add_folio_for_migration(mem, mm, vma, addresses[i], nids[i], move_all)
+        if rc == 1:
+            queue[nr] = pfn
+            nr += 1
+        elif nr:
+            return i + 1, nr, rc
+        else:
+            status[i] = rc if rc else nids[i]
         i += 1
-        if rc != 1:
-            return i, nr, rc
-        queue[nr] = pfn
-        nr += 1
     return i, nr, 1
 
 
@@ -120,7 +124,7 @@ def do_pages_move(machine, process, addresses, nids, *, move_all=False, events=(
     index = process.vma_index()
     calls = []
 
-    def move_and_store(nid, first, end, queued):
+    def move_and_store(nid, end, queued):
         if not queued:
             return 0
         result = machine.migrate_isolated(queue[:queued].copy(), nid, mode=MIGRATE_SYNC, reason=MR_SYSCALL, events=events,
@@ -128,7 +132,7 @@ def do_pages_move(machine, process, addresses, nids, *, move_all=False, events=(
         if result.rc > 0:
             return result.rc + nr - end
         if result.rc == 0:
-            status[first:end] = nid
+            status[end - queued:end] = nid
         return result.rc
 
     def invalid(nid):
@@ -137,17 +141,17 @@ def do_pages_move(machine, process, addresses, nids, *, move_all=False, events=(
     def run():
         i = 0
         while i < nr:
-            start, nid = i, int(nids[i])
+            nid = int(nids[i])
             if invalid(nid):
                 return -ENODEV
             i, queued, rc = queue_run(machine.table, process.mm, *index, addresses, nids, i, move_all, status, queue)
             if rc == 1:
-                err = move_and_store(nid, start, i, queued)
+                err = move_and_store(nid, i, queued)
                 if i < nr and invalid(nids[i]):     # found before the queue is moved, and wins
                     return -ENODEV
             else:
                 status[i - 1] = rc if rc else nid
-                err = move_and_store(nid, start, i - 1, queued)
+                err = move_and_store(nid, i - 1, queued)
                 err -= err > 0                      # that entry has been dealt with
             if err:
                 return err

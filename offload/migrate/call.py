@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offload.jit import jit_inline
+from offload.jit import JIT_DISABLED, jit_inline
 from offload.mm.memmap import records
 from offload.table import make_unpack
 from offload.units import HPAGE_PMD_NR
@@ -89,8 +89,8 @@ class Call(NamedTuple):
     ``pair_size + nr_single - 1`` the single list. A finished pair keeps its row and has ``pair_src`` 0.
     """
 
-    state: np.recarray          # CALL_DTYPE, one row
-    lists: np.recarray          # LIST_DTYPE, NR_LISTS rows
+    state: np.ndarray           # CALL_DTYPE, one row
+    lists: np.ndarray           # LIST_DTYPE, NR_LISTS rows
     pfns: np.ndarray            # int64, the lists themselves
     pair_src: np.ndarray        # int64
     pair_dst: np.ndarray        # int64
@@ -104,17 +104,22 @@ unpack_call = make_unpack("Call", Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int6
                                      np.int64, np.int64))
 
 
+def call_records(nr, dtype):
+    """Zeroed records of a call. Only uncompiled code needs them as a record array, whose fields cost Python 10 us each."""
+    return records(nr, dtype) if JIT_DISABLED else np.zeros(nr, dtype)
+
+
 def make_call(pfns, *, mode, reason, target, batch_pages, nr_pages):
     """A call that has not begun, for isolated folios ``pfns`` (int64, list order) of ``nr_pages`` base pages in all."""
     nr = len(pfns)
     pair_size = min(nr_pages, batch_pages + HPAGE_PMD_NR)       # a batch ends with the folio that fills it
     sizes = (nr, pair_size, pair_size, 1, nr_pages, pair_size)
-    lists = records(NR_LISTS, LIST_DTYPE)
+    lists = call_records(NR_LISTS, LIST_DTYPE)
     lists["first"] = np.cumsum((0, *sizes[:-1]))
-    state = records(1, CALL_DTYPE)
+    state = call_records(1, CALL_DTYPE)
     for field, value in (("mode", mode), ("reason", reason), ("target", target), ("batch_pages", batch_pages),
                          ("pair_size", pair_size)):
-        state[field] = value                        # a record array's attributes cost 10 us each
+        state[field] = value
     call = Call(state, lists, np.zeros(sum(sizes), np.int64), *(
         np.zeros(2 * pair_size, dtype) for dtype in (np.int64, np.int64, np.uint8, np.uint8, np.int64)),
         np.zeros(nr_pages, np.int64))

@@ -15,7 +15,7 @@ from offload.intrinsics import prefetch_record, read_clocks
 from offload.jit import jit, jit_entry
 from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
 from offload.migrate.call import (
-    DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, list_add_tail, make_call, unpack_call,
+    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, list_add_tail, make_call, unpack_call,
 )
 from offload.mm.memmap import unpack
 from offload.mm.node import prefetch_free_bits
@@ -201,7 +201,7 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     """
     nr_pages = int((1 << mem.orders[pfns].astype(np.int64)).sum())
     call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=batch_pages, nr_pages=nr_pages)
-    state = plain(call.state)
+    state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
     state["stop_mask"] = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])
     call_table = pack(call)
@@ -213,7 +213,7 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
         try:
             if stop == STOP_OFFLOAD_COPY:
                 if error is None:
-                    offload_copy(mem, call, offload)
+                    offload_copy(mem, call, int(state["nr_batch"][0]), frames, offload)
             else:
                 run_events(events, int(state["step"][0]), int(state["step_folio"][0]))
         except BaseException as raised:             # KeyboardInterrupt too: first finish what is unmapped
@@ -239,33 +239,33 @@ def run_events(events, step, pfn):
             event.action(event.step, pfn)
 
 
-def offload_copy(mem, call, offload):
-    """Hand the batch list to the hatch; its completions are left in ``call.pair_done``."""
-    nr = int(plain(call.state)["nr_batch"][0])
+def offload_copy(mem, call, nr, frames, offload):
+    """Hand the ``nr`` folios of the batch list to the hatch; its completions are left in ``call.pair_done``."""
     if len(mem.others) > 1 and mem.others.copy_error.any():
         # A CPU routine meets the machine check at the first such folio and stops, with what it has copied before.
         unreadable = np.flatnonzero(mem.others.copy_error[mem.folios.others[call.pair_src[:nr]]])
         nr = unreadable[0] if len(unreadable) else nr
-    batch = FolioBatch(call.pair_dst[:nr], call.pair_src[:nr], call.pair_order[:nr], int(plain(mem.nodes)["frames"][0]))
+    batch = FolioBatch(call.pair_dst[:nr], call.pair_src[:nr], call.pair_order[:nr], frames)
     offload.offload_copy(batch, call.pair_done[:nr])
 
 
 def plain(records):
-    """Records without attribute access, which costs 10 us a field: for Python's part of a call, once a batch."""
+    """Records without attribute access, which costs Python 10 us a field."""
     return records.view(np.ndarray)
 
 
 def make_result(call, wall_ns, cpu_ns, tick_ns):
-    c, left = call.state[0], call.lists[L_RET]
+    c = dict(zip(CALL_DTYPE.names, plain(call.state).tolist()[0]))
+    first, nr = plain(call.lists)[L_RET].tolist()
     return MigrateResult(
-        rc=int(c.rc), mode=MigrateMode(c.mode), reason=MigrateReason(c.reason),
-        left=call.pfns[left.first:left.first + left.nr].copy(),
-        stats={name: int(c[name]) for name in STATS},
-        targets={"allocated": int(c.targets_allocated), "returned": int(c.targets_returned)},
-        tlb_flushes=int(c.tlb_flushes), nr_batches=int(c.nr_batches),
-        copies={"folios": int(c.copied_folios), "batched": int(c.batched_folios),
-                "discarded": int(c.copied_folios - c.moved_with_copy)},
-        copied_bytes=int(c.copied_bytes), moved_bytes=int(c.moved_bytes),
-        phases_ns={"unmap": int(c.unmap_ns), "flush": int(c.flush_ns), "copy": int(c.copy_ns + c.move_copy_ns),
-                   "move": int(c.move_ns - c.move_copy_ns)},
-        blocked_ns=(call.blocked[:c.nr_blocked] * tick_ns).astype(np.int64), wall_ns=wall_ns, cpu_ns=cpu_ns)
+        rc=c["rc"], mode=MigrateMode(c["mode"]), reason=MigrateReason(c["reason"]),
+        left=call.pfns[first:first + nr].copy(),
+        stats={name: c[name] for name in STATS},
+        targets={"allocated": c["targets_allocated"], "returned": c["targets_returned"]},
+        tlb_flushes=c["tlb_flushes"], nr_batches=c["nr_batches"],
+        copies={"folios": c["copied_folios"], "batched": c["batched_folios"],
+                "discarded": c["copied_folios"] - c["moved_with_copy"]},
+        copied_bytes=c["copied_bytes"], moved_bytes=c["moved_bytes"],
+        phases_ns={"unmap": c["unmap_ns"], "flush": c["flush_ns"], "copy": c["copy_ns"] + c["move_copy_ns"],
+                   "move": c["move_ns"] - c["move_copy_ns"]},
+        blocked_ns=(call.blocked[:c["nr_blocked"]] * tick_ns).astype(np.int64), wall_ns=wall_ns, cpu_ns=cpu_ns)
