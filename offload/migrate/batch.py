@@ -21,7 +21,7 @@ The rules, for one attempt at a folio:
 
 import numpy as np
 
-from offload.intrinsics import clock_ns
+from offload.intrinsics import clock_ns, prefetch_record
 from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.batch_copy import batch_copy_needs_migrator, mark_copied_folios
 from offload.migrate.call import (
@@ -39,7 +39,9 @@ from offload.mm.frames import prefetch_frame
 from offload.mm.memmap import (
     PG_active, PG_deferred_list, PG_hugetlb, PG_movable_ops, PG_partially_mapped, PG_unevictable,
 )
+from offload.mm.node import prefetch_free_bits
 from offload.mm.others import others_after_failed_move, others_at_batch_copy, others_before_move
+from offload.mm.pagetable import prefetch_entry
 from offload.units import (
     EAGAIN, ENOMEM, HPAGE_PMD_ORDER, MIGRATE_ASYNC, MR_LONGTERM_PIN, MR_NUMA_MISPLACED, NR_MAX_MIGRATE_ASYNC_RETRY,
     NR_MAX_MIGRATE_SYNC_RETRY,
@@ -119,10 +121,9 @@ def migrate_pages_batch(mem, call):
         elif c.batch_at == BATCH_COPIED:
             if c.step_passed == 0:
                 mark_copied_folios(mem, call)
-                for i in range(c.nr_batch):
-                    others_at_batch_copy(mem, call.pair_src[i])
-                for i in range(c.pair_size, c.pair_size + c.nr_single):
-                    others_at_batch_copy(mem, call.pair_src[i])
+                if len(mem.others) > 1:
+                    for i in range(c.nr_batch + c.nr_single):
+                        others_at_batch_copy(mem, call.pair_src[pair_row(call, i)])
                 c.copy_ns += end_phase(call)
             if step_before(call, STEP_BATCH_COPIED, 0):
                 return STOP_STEP
@@ -281,6 +282,21 @@ def pair_row(call, i):
     return i if i < c.nr_batch else c.pair_size + i - c.nr_batch
 
 
+@jit_inline
+def prefetch_pair(mem, call):
+    """Ask for what the moves after this one will touch: copying the batch has driven it out of the near caches."""
+    c = call.state[0]
+    nr = c.nr_batch + c.nr_single
+    if c.i + 8 < nr:
+        row = pair_row(call, c.i + 8)
+        prefetch_record(mem.folios, call.pair_src[row])
+        prefetch_record(mem.folios, call.pair_dst[row])
+    if c.i + 4 < nr:
+        src = call.pair_src[pair_row(call, c.i + 4)]
+        prefetch_entry(mem, src)
+        prefetch_free_bits(mem, src)
+
+
 @jit_once
 def move_phase(mem, call):
     """Phase 2: up to ``passes`` passes over the pairs. 0, or STOP_STEP."""
@@ -303,6 +319,7 @@ def move_phase(mem, call):
                     others_before_move(mem, src)
             nr_pages = np.int64(1) << folio_order(mem, src)
             thp = is_thp(mem, src)
+            prefetch_pair(mem, call)
             if c.i >= c.nr_batch and c.i + 1 < c.nr_batch + c.nr_single:
                 prefetch_frame(mem, call.pair_src[row + 1])         # it will be copied here
             rc = migrate_folio_move(mem, call, src, call.pair_dst[row], call.pair_since[row])
