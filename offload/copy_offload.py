@@ -69,6 +69,7 @@ class CopyOffload:
         if self.migrator is not None:
             raise Busy(f"migrator {self.migrator.name!r} is registered already; unregister it first")
         self.migrator = migrator
+        self._sys.offload_cpu_kernel[0] = getattr(migrator, "cpu_kernel", 0)
         self._sys.offload_reasons[0] = mask
         self._sys.offload_active[0] = 1
 
@@ -76,7 +77,7 @@ class CopyOffload:
         """Take ``migrator`` off duty; InvalidInput (-EINVAL) if it is not on."""
         if migrator is None or migrator is not self.migrator:
             raise InvalidInput(f"{migrator!r} is not the registered migrator; that is {self.migrator!r}")
-        self._sys.offload_active[0] = 0
+        self._sys.offload_active[0] = self._sys.offload_cpu_kernel[0] = 0
         self._sys.offload_reasons[0] = 0
         self.migrator = None
 
@@ -94,7 +95,7 @@ class CopyOffload:
     def offload_copy(self, batch, done):
         """Have the batch copied by whoever is on duty. 0 or a negative errno; ``done`` tells what was copied.
 
-        If nobody is (any more), nothing is copied here (-EOPNOTSUPP) and the path copies folio by folio.
+        -EOPNOTSUPP, and nothing copied, if nobody is; a running call asks only while somebody is.
         """
         self.batches += 1
         rc = self.migrator.offload_copy(batch, done) if self.migrator else -EOPNOTSUPP

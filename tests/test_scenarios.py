@@ -127,15 +127,17 @@ class TestData:
     """data_ok is judged by bytes, not by counters."""
 
     def test_a_migrator_that_lies_is_found_out(self, monkeypatch):
+        from offload import scenario_machine
         from offload.migrators.mc_copy import McCopy
 
-        def lie(self, batch, done):
-            done[:] = 1
-            return 0
+        class Liar(McCopy):
+            def offload_copy(self, batch, done):
+                done[:] = 1
+                return 0
         scenario = {"format": 1, "name": "t/x", "offload": {"migrator": "mc_copy"}, "folios": [{"name": "f", "count": 3}],
                     "calls": [{"op": "migrate_pages"}]}
         assert run_scenario(scenario)[0]["data_ok"] is True
-        monkeypatch.setattr(McCopy, "offload_copy", lie)
+        monkeypatch.setitem(scenario_machine.MIGRATORS, "mc_copy", (Liar, ("kernel",)))
         assert run_scenario(scenario)[0]["data_ok"] is False
 
     def test_a_second_call_gets_what_the_first_left(self):

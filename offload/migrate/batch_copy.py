@@ -1,8 +1,8 @@
 """The copy of a whole batch through the hatch, between the flush and the first move.
 
 Stands for the part of migrate_pages_batch() that RFC v6 4/5 adds, and migrate_folios_mc_copy()'s marking. The bytes
-are moved by whoever is on duty (copy_offload.py); Python calls him between the two functions here, because a
-migrator may wait for threads or a device. What comes back is a completion per folio.
+are moved by whoever is on duty (copy_offload.py): the CPU routine here, anybody else by Python between the two
+functions below, because a migrator may wait for threads or a device. What comes back is a completion per folio.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from offload.copy_offload import WRITTEN_UNMARKED
 from offload.jit import jit
 from offload.migrate.state import folio_set_content_copied
-from offload.mm.frames import frame_address
+from offload.mm.frames import folios_mc_copy, frame_address
 from offload.units import PAGE_SIZE
 
 __all__ = ("batch_copy_needs_migrator", "mark_copied_folios")
@@ -18,14 +18,24 @@ __all__ = ("batch_copy_needs_migrator", "mark_copied_folios")
 
 @jit
 def batch_copy_needs_migrator(mem, call):
-    """Whether there are bytes to copy for the batch list. A machine without frames has its folios marked at once."""
+    """Whether Python must have the batch list copied.
+
+    Not where the CPU routine is on duty, or nobody is any more (a migrator that left since the batch was chosen): it copies
+    here, as migrate_folios_mc_copy() does. Nor without frames: all are done.
+    """
     c = call.state[0]
     if c.nr_batch == 0:
         return False
-    if frame_address(mem, call.pair_dst[0]):
-        return True
-    call.pair_done[:c.nr_batch] = 1
-    return False
+    if frame_address(mem, call.pair_dst[0]) == 0:
+        call.pair_done[:c.nr_batch] = 1
+        return False
+    sys = mem.sys[0]
+    cpu_kernel = sys.offload_cpu_kernel if sys.offload_active else 1 + sys.copy_kernel
+    if cpu_kernel:
+        c.cpu_batches += 1
+        folios_mc_copy(mem, cpu_kernel - 1, call.pair_dst, call.pair_src, call.pair_order, c.nr_batch, call.pair_done)
+        return False
+    return True
 
 
 @jit

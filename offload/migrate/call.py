@@ -76,7 +76,7 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     "step", "step_folio", "step_passed",
     # the result: struct migrate_pages_stats and what only we count
     "nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split",
-    "targets_allocated", "targets_returned", "tlb_flushes",
+    "targets_allocated", "targets_returned", "tlb_flushes", "cpu_batches",
     "copied_folios", "batched_folios", "moved_with_copy", "copied_bytes", "moved_bytes", "nr_batches",
     "unmap_ns", "flush_ns", "copy_ns", "move_ns", "move_copy_ns", "phase_started", "nr_blocked",
 )], align=True)

@@ -221,6 +221,7 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
             state["stop_mask"], state["interrupted"] = 0, 1
     wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
     read_clocks(clocks[1])
+    offload.batches += int(state["cpu_batches"][0])
     ns, nr_ticks = clocks[1] - clocks[0]
 
     result = make_result(call, wall, cpu, ns / max(nr_ticks, 1))

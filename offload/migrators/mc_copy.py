@@ -1,11 +1,12 @@
 """mc_copy: the batch copy on the calling thread, one folio after the other.
 
 Stands for migrate_folios_mc_copy(), the CPU routine of RFC v6 4/5 (not merged): the default target of the hatch and
-the reference for all other migrators.
+the reference for all other migrators. As there, where it is a static call, the path reaches it without leaving compiled
+code: going through Python costs 10 us a batch, a tenth of a batch of one 2 MiB folio.
 """
 
 from offload.kernels.base import CopyPlan
-from offload.kernels.cpu import CpuBackend
+from offload.kernels.cpu import KERNELS, CpuBackend
 
 __all__ = ("McCopy",)
 
@@ -17,6 +18,8 @@ class McCopy:
 
     def __init__(self, kernel="plain"):
         self.backend = CpuBackend(kernel)
+        if type(self) is McCopy:                    # a subclass may copy otherwise
+            self.cpu_kernel = 1 + KERNELS.index(kernel)
 
     def offload_copy(self, batch, done):
         return self.backend.copy(CopyPlan(batch.frames, batch.frames, batch.dst, batch.src, batch.order), done)

@@ -15,11 +15,11 @@ import numpy as np
 from offload.errors import InvalidInput, OutOfMemory
 from offload.intrinsics import fill_bytes
 from offload.jit import jit, jit_inline
-from offload.kernels.cpu import KERNEL_STREAM, copy_bytes, prefetch, stream_fence
+from offload.kernels.cpu import KERNEL_STREAM, copy_bytes, copy_folios, prefetch, stream_fence
 from offload.mm.memmap import FIRST_PFN
 from offload.units import EHWPOISON, PAGE_SHIFT, PAGE_SIZE, format_size
 
-__all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_frame", "folio_mc_copy", "copy_pages", "POISON")
+__all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_frame", "folio_mc_copy", "folios_mc_copy", "copy_pages", "POISON")
 
 POISON = 0xAA
 HUGE_PAGE = 2 << 20
@@ -89,6 +89,21 @@ def prefetch_frame(mem, pfn):
     if address:
         for line in range(4):
             prefetch(address + 64 * line)
+
+
+@jit
+def folios_mc_copy(mem, kernel, dst, src, order, nr, done):
+    """Copy the first ``nr`` folios of three arrays, in order, and set their ``done``, up to one that cannot be read.
+
+    Kernel: folios_mc_copy() (mm/util.c in RFC v6 1/5).
+    """
+    if len(mem.others) > 1:
+        for i in range(nr):
+            if mem.others[mem.folios[src[i]].others].copy_error:
+                nr = i
+                break
+    frames = mem.nodes[0].frames
+    copy_folios(kernel, frames, frames, dst, src, order, 0, nr, done)
 
 
 @jit

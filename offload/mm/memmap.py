@@ -174,6 +174,7 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_tables", "free_table",      # page-table pages handed out so far; head of the list of returned ones
     "lru_batch_nr", "lru_disabled",
     "offload_active", "offload_reasons",
+    "offload_cpu_kernel",           # 1 + the copy kernel if the CPU routine is on duty; 0: somebody Python must call
     "pgmigrate_success", "pgmigrate_fail",
     "thp_migration_success", "thp_migration_fail", "thp_migration_split",
 )], align=True)
