@@ -18,7 +18,6 @@ from offload.migrate.call import (
     CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, list_add_tail, make_call, unpack_call,
 )
 from offload.mm.memmap import unpack
-from offload.mm.node import prefetch_free_bits
 from offload.mm.pagetable import prefetch_entry
 from offload.table import pack
 from offload.units import MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
@@ -81,8 +80,8 @@ def next_batch(call):
 def cut_batch(mem, call):
     """Move the head of the list to L_BATCH: folios up to the one with which the pages reach the batch limit.
 
-    In random order a folio's record, its page-table entry and the free bits it will set are cache misses. Asking for
-    them here lets those of a whole batch overlap.
+    In random order a folio's record and its page-table entry are cache misses. Asking for them here lets those of a whole
+    batch overlap.
     """
     c = call.state[0]
     frm = call.lists[L_FROM]
@@ -96,7 +95,6 @@ def cut_batch(mem, call):
     batch = call.lists[L_BATCH]
     for i in range(batch.nr):
         prefetch_entry(mem, call.pfns[batch.first + i])
-        prefetch_free_bits(mem, call.pfns[batch.first + i])
 
 
 @jit
