@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import World, on_duty
 from offload.errors import InvalidInput, WouldHang
+from offload.migrate import pages
 from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
 from offload.migrators.cpu_mt import CpuMt
@@ -580,6 +581,51 @@ class TestInterrupted:
             left = int((1 << world.folios.order[result.left].astype(int)).sum())
             assert result.stats["nr_succeeded"] + left == total
             world.check(f"step {step}, mode {mode}, after {after}")
+
+    @pytest.mark.parametrize("mode", ["MIGRATE_ASYNC", "MIGRATE_SYNC"])
+    def test_while_compiled_code_runs(self, mode, monkeypatch):
+        """Python raises a signal's KeyboardInterrupt when the compiled function returns, whatever it returns."""
+        compiled = pages.migrate_pages_run
+        for at in range(20):
+            world, pfns = busy_world()
+            world.machine.register(CpuMt(1))
+            runs = []
+
+            def interrupted(*tables):
+                runs.append(compiled(*tables))
+                if len(runs) == at + 1:
+                    raise KeyboardInterrupt
+                return runs[-1]
+
+            monkeypatch.setattr(pages, "migrate_pages_run", interrupted)
+            total = int((1 << world.folios.order[pfns].astype(int)).sum())
+            vmstat = world.machine.vmstat
+            try:
+                result = world.migrate(pfns, mode=mode, events=[Event("moved", lambda step, pfn: None)])
+                assert len(runs) <= at
+            except KeyboardInterrupt as raised:
+                result = raised.result
+            left = int((1 << world.folios.order[result.left].astype(int)).sum())
+            assert result.stats["nr_succeeded"] + left == total
+            assert world.machine.vmstat["pgmigrate_success"] == vmstat["pgmigrate_success"] + result.stats["nr_succeeded"]
+            world.check(f"mode {mode}, run {at}")
+            if len(runs) <= at:
+                break
+        else:
+            pytest.fail("the call does not end")
+        assert at > 4
+
+    def test_copies_count_after_an_error_too(self, world):
+        pfns = world.pfns(4)
+        world.machine.register(McCopy())
+
+        def fail(step, pfn):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError) as raised:
+            world.migrate(pfns, events=[Event("flushed", fail)])
+        assert raised.value.result.copies == {"folios": 4, "batched": 4, "discarded": 0}
+        world.check()
 
     def test_a_migrator_that_raises(self, world):
         class Broken:

@@ -15,7 +15,7 @@ from offload.intrinsics import prefetch_record, read_clocks
 from offload.jit import jit, jit_entry
 from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
 from offload.migrate.call import (
-    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, list_add_tail, make_call, unpack_call,
+    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail, make_call, unpack_call,
 )
 from offload.mm.memmap import unpack
 from offload.mm.pagetable import prefetch_entry
@@ -25,7 +25,7 @@ from offload.units import MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode
 __all__ = ("migrate_pages", "MigrateResult", "Event")
 
 # Where a call stands, in ``call.state.pages_at``.
-PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END = range(4)
+PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END, PAGES_DONE = range(5)
 
 
 @jit_entry
@@ -64,8 +64,10 @@ def migrate_pages_run(mem_table, call_table):
                 return stop
             move_list(call, L_SPLIT, L_RET)
             c.pages_at = next_batch(call)
-        else:
+        elif c.pages_at == PAGES_END:
             finish(mem, call)
+            c.pages_at = PAGES_DONE
+        else:
             return DONE
 
 
@@ -155,8 +157,8 @@ class MigrateResult:
     ``copied_bytes`` were written by copies, ``moved_bytes`` belong to folios that arrived. Times are ns of wall clock:
     ``phases_ns`` adds up over batches (``move`` without the copies made in it, if those were timed; they are in
     ``copy``), ``blocked_ns`` (int64, in the order of unblocking) is per folio from losing its first mapping to
-    having the last back, successful or not at first. ``cpu_ns`` is the mover's own thread; the trace lines are the
-    kernel's.
+    having the last back, successful or not at first. ``cpu_ns`` is the CPU time of all threads of
+    this process; the trace lines are the kernel's.
     """
 
     rc: int
@@ -207,16 +209,19 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     clocks = np.empty((2, 2), np.int64)
     read_clocks(clocks[0])
     wall, cpu = time.perf_counter_ns(), time.process_time_ns()
-    while (stop := migrate_pages_run(mem_table, call_table)) != DONE:
+    stop = STOP_STEP
+    while stop != DONE:
         try:
+            # Ctrl-C during compiled code is raised here, before ``stop`` is set: the call is taken up once more.
+            stop = migrate_pages_run(mem_table, call_table)
             if stop == STOP_OFFLOAD_COPY:
                 if error is None:
                     offload_copy(mem, call, int(state["nr_batch"][0]), frames, offload)
-            else:
+            elif stop == STOP_STEP:
                 run_events(events, int(state["step"][0]), int(state["step_folio"][0]))
         except BaseException as raised:             # KeyboardInterrupt too: first finish what is unmapped
             error = raised
-            state["stop_mask"], state["interrupted"] = 0, 1
+            state["stop_mask"], state["step_passed"], state["interrupted"] = 0, 0, 1
     wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
     read_clocks(clocks[1])
     offload.batches += int(state["cpu_batches"][0])
