@@ -275,8 +275,9 @@ class Machine:
         out = np.empty(1 << 16, np.int64)
         found = []
         for start, end in ranges:
-            while start < end:
-                nr, start = collect_folio_addresses(self.table, process.mm, start, end, out)
+            address = start
+            while address < end:
+                nr, address = collect_folio_addresses(self.table, process.mm, start, address, end, out)
                 found.append(out[:nr].copy())
         return np.concatenate(found) if found else np.empty(0, np.int64)
 

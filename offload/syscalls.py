@@ -8,15 +8,17 @@ import dataclasses
 
 import numpy as np
 
-from offload.jit import jit, jit_entry, jit_inline
+from offload.jit import jit, jit_entry
 from offload.mm.fault import find_vma, lookup_page
 from offload.mm.memmap import (
     NO_PFN, VM_PFNMAP, folio_test_large, page_folio, unpack,
 )
 from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
-from offload.mm.pagetable import PMD_SIZE, PTE_HUGE, PTE_PRESENT, PTE_SPECIAL, walk_pmd
+from offload.mm.pagetable import (
+    PMD_SIZE, PTE_HUGE, PTE_PRESENT, rmap_first, rmap_next, rmap_vma, vma_address, walk_pmd,
+)
 from offload.units import (
-    EACCES, EBUSY, EFAULT, ENODEV, ENOENT, MIGRATE_SYNC, MR_SYSCALL, PAGE_SIZE,
+    EACCES, EBUSY, EFAULT, ENODEV, ENOENT, MIGRATE_SYNC, MR_SYSCALL, PAGE_SHIFT, PAGE_SIZE,
 )
 
 __all__ = ("MoveResult", "do_pages_move", "NOT_WRITTEN")
@@ -74,18 +76,45 @@ def add_folio_for_migration(mem, mm, vma, address, nid, move_all):
     return 1, pfn
 
 
-@jit_inline
+@jit
 def folio_maybe_mapped_shared(mem, pfn):
     """Whether several processes may map the folio (folio_maybe_mapped_shared()).
 
-    Small: mapped more than once, wherever. Large: more entries than one complete mapping of it can have.
+    Small: mapped more than once, wherever. Large: by two processes, exactly; the kernel, which remembers two of them and
+    a bit, may still say so after one of three or more has gone.
     """
-    folio = mem.folios[pfn]
-    if not folio_test_large(mem, pfn):
-        return folio.mapcount > 1
-    if folio.entire_mapcount:
-        return folio.mapcount > 1
-    return folio.mapcount > np.int64(1) << folio.order
+    if mem.folios[pfn].mapcount <= 1 or not folio_test_large(mem, pfn):
+        return mem.folios[pfn].mapcount > 1
+    mapper = np.int64(0)
+    cursor = rmap_first(mem, pfn)
+    while cursor:
+        vma = rmap_vma(mem, pfn, cursor)
+        mm = mem.vmas[vma].mm
+        if mm != mapper and vma_maps_folio(mem, vma, pfn):
+            if mapper:
+                return True
+            mapper = mm
+        cursor = rmap_next(mem, pfn, cursor)
+    return False
+
+
+@jit
+def maps_folio(mem, mm, start, end, pfn):
+    """Whether any page of the folio is mapped in [start, end), page aligned."""
+    for address in range(start, end, PAGE_SIZE):
+        entry, value, page = lookup_page(mem, mm, address)
+        if page != NO_PFN and page_folio(mem, page) == pfn:
+            return True
+    return False
+
+
+@jit
+def vma_maps_folio(mem, vma, pfn):
+    """Whether any page of the folio is mapped in the vma."""
+    area = mem.vmas[vma]
+    address = vma_address(mem, vma, mem.folios[pfn].index)
+    end = min(address + (np.int64(PAGE_SIZE) << mem.folios[pfn].order), area.end)
+    return maps_folio(mem, area.mm, max(address, area.start), end, pfn)
 
 
 @jit_entry
@@ -166,14 +195,13 @@ def do_pages_move(machine, process, addresses, nids, *, move_all=False, events=(
 
 
 @jit_entry
-def collect_folio_addresses(mem_table, mm, start, end, out):
-    """Addresses in [start, end) at which a folio's first mapped page stands; returns how many ``out`` got.
+def collect_folio_addresses(mem_table, mm, start, address, end, out):
+    """Addresses in [address, end) at which a folio's first mapped page of those from ``start`` on stands.
 
-    Stops when ``out`` is full, with the address to go on from: (how many, address).
+    Stops when ``out`` is full, with the address to go on from: (how many it got, address). The range is of one vma.
     """
     mem = unpack(mem_table)
     nr = 0
-    address = start
     last = np.int64(NO_PFN)
     while address < end and nr < len(out):
         pmd = walk_pmd(mem, mm, address)
@@ -183,7 +211,9 @@ def collect_folio_addresses(mem_table, mm, start, end, out):
         entry, value, page = lookup_page(mem, mm, address)
         if page != NO_PFN and page_folio(mem, page) != last:
             last = page_folio(mem, page)
-            out[nr] = address
-            nr += 1
+            # Copy on write can have put a page of another folio between two pages of this one.
+            if not maps_folio(mem, mm, max(start, address - (page - last << PAGE_SHIFT)), address, last):
+                out[nr] = address
+                nr += 1
         address = (address | PMD_SIZE - 1) + 1 if value & PTE_HUGE else address + PAGE_SIZE
     return nr, address

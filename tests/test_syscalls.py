@@ -5,6 +5,7 @@ import pytest
 from conftest import World
 from offload.errors import BadAddress, InvalidInput
 from offload.jit import JIT_DISABLED
+from offload.machine import Machine
 from offload.migrate.pages import Event
 from offload.mm.memmap import VM_PFNMAP
 from offload.syscalls import NOT_WRITTEN
@@ -99,6 +100,26 @@ class TestStatuses:
         address, _ = world.map(1)
         world.process.fork()
         assert move(world, [address], 0).status.tolist() == [0], "where it is comes before who maps it"
+        world.check()
+
+    @pytest.mark.parametrize("pages_each", [1, 8, 16])
+    def test_a_large_folio_of_a_file_mapped_in_part_by_two(self, world, pages_each):
+        file = world.machine.file("64K")
+        address = world.process.mmap(PAGE_SIZE * pages_each, file=file, shared=True, order=4)
+        other = world.machine.process()
+        other.mmap(PAGE_SIZE * pages_each, file=file, shared=True, order=4)
+        assert move(world, [address], 1).status.tolist() == [-EACCES]
+        other.exit()
+        assert move(world, [address], 1).status.tolist() == [1]
+        world.check()
+
+    @pytest.mark.parametrize("order", [4, 9])
+    def test_a_large_folio_mapped_twice_by_one(self, order):
+        world = World(2048, 2048)
+        file = world.machine.file(PAGE_SIZE << order)
+        address, _ = world.map(1, order, file=file, shared=True)
+        world.process.mmap(PAGE_SIZE << order, order=order, file=file, shared=True)
+        assert move(world, [address], 1).status.tolist() == [1]
         world.check()
 
     def test_a_file_mapped_by_several(self, world):
@@ -221,6 +242,29 @@ class TestProcessMove:
         second, _ = world.map(1, 1, address=(1 << 30) + 4 * PAGE_SIZE)
         assert world.process.move(1 << 30, "24K", 1).status.tolist() == [1, 1, 1]
         world.check()
+
+    def test_a_folio_with_a_copied_page_in_the_middle(self, world):
+        address, _ = world.map(2, 4)
+        child = world.process.fork()
+        child.exit()
+        world.process.write(address + 3 * PAGE_SIZE, world.expected[0][2][3 * PAGE_SIZE:4 * PAGE_SIZE])
+        at = world.process.folio_addresses(address, 32 * PAGE_SIZE)
+        assert at.tolist() == [address, address + 3 * PAGE_SIZE, address + 16 * PAGE_SIZE]
+        assert world.process.folio_addresses(address + PAGE_SIZE, 8 * PAGE_SIZE).tolist() == [
+            address + PAGE_SIZE, address + 3 * PAGE_SIZE]
+        result = world.process.move(address, 32 * PAGE_SIZE, 1)
+        assert (result.ret, result.status.tolist()) == (0, [1, 1, 1])
+        world.check()
+
+    @pytest.mark.skipif(JIT_DISABLED, reason="131,072 pages, too slow uncompiled")
+    def test_more_folios_than_are_looked_up_at_once(self):
+        machine = Machine(nodes=["1G", "1G"], placement="nowhere")
+        process = machine.process()
+        address = process.mmap("512M", order=1)
+        at = process.folio_addresses(address, 512 << 20)
+        assert len(at) == 1 << 16 and (at[1:] - at[:-1] == 8192).all()
+        assert process.folio_addresses(address + PAGE_SIZE, (512 << 20) - PAGE_SIZE).tolist() == [
+            address + PAGE_SIZE, *at[1:].tolist()]
 
     def test_outside(self, world):
         with pytest.raises(BadAddress):
