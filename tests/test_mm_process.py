@@ -108,6 +108,9 @@ class TestMmap:
             world.process.munmap(address, PAGE_SIZE)
         with pytest.raises(BadAddress):
             world.process.munmap(address - PAGE_SIZE, PAGE_SIZE)
+        world.map(2, address=address + 4 * PAGE_SIZE)
+        with pytest.raises(NotSupported, match="a part of the vma"):
+            world.process.munmap(address, 5 * PAGE_SIZE)
         world.check()
 
     def test_exit_gives_everything_back(self, world):
@@ -196,7 +199,7 @@ class TestReadWrite:
 
         def use(step, pfn):
             for action in (lambda: world.process.read(address, 1), lambda: world.process.write(address, b"x"),
-                           lambda: world.process.mmap("4K"), lambda: world.process.munmap(address, PAGE_SIZE),
+                           lambda: world.process.mmap("4K"), lambda: world.process.populate(address, 4096), lambda: world.process.munmap(address, PAGE_SIZE),
                            world.process.fork, world.process.exit, lambda: world.process.move(address, 4096, 1),
                            lambda: world.migrate([pfns[1]]), world.machine.validate, world.machine.process,
                            lambda: world.machine.fragment(0, 1), lambda: world.machine.file("4K")):
@@ -205,7 +208,7 @@ class TestReadWrite:
                 refused.append(step)
 
         result = world.migrate(pfns, events=[Event("unmapped", use)])
-        assert result.rc == 0 and len(refused) == 24
+        assert result.rc == 0 and len(refused) == 26
         world.check()
 
 
@@ -251,9 +254,10 @@ class TestFork:
     def test_no_room_for_the_copy_of_a_pinned_page(self):
         world = World(16)
         _, pfns = world.map(16)
-        world.pin(pfns[0])
+        world.pin(pfns[9])
         with pytest.raises(OutOfMemory, match="fork"):
             world.process.fork()
+        assert world.machine.processes == [world.process] and (world.folios.mapcount[pfns] == 1).all()
         world.check()
 
     def test_grandchildren(self, world):

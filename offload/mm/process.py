@@ -105,16 +105,19 @@ class Process:
 
     def populate(self, address, length):
         """Fault in [address, address + length), for writing where the vma allows it. OutOfMemory if a node is full."""
+        self.machine.check_idle()                   # it may replace the page tables
         for vma, start, end in self._vmas_in(address, length):
             self._populate(vma, start, end, self.machine.mem.vmas[vma].vm_flags & VM_WRITE != 0)
 
     def munmap(self, address, length):
-        """Unmap whole vmas in [address, address + length); InvalidInput if one is only partly inside."""
+        """Unmap whole vmas in [address, address + length); NotSupported, and nothing unmapped, if one is only partly inside."""
         self.machine.check_idle()
-        for vma, start, end in list(self._vmas_in(address, length)):
+        areas = list(self._vmas_in(address, length))
+        for vma, start, end in areas:
             row = self.machine.mem.vmas[vma]
             if (start, end) != (row.start, row.end):
                 raise NotSupported(f"munmap of a part of the vma at {int(row.start):#x}; unmap all of it")
+        for vma, start, end in areas:
             zap_range(self.machine.table, vma, start, end)
             self.machine.unlink_vma(vma)
             at = self._vmas.index(vma)
@@ -132,7 +135,7 @@ class Process:
     def fork(self, name=None):
         """A child with the same memory: anonymous pages shared until one writes, files mapped alike.
 
-        A page that may be pinned is copied at once. OutOfMemory if that, or its page tables, find no room.
+        A page that may be pinned is copied at once. OutOfMemory, and no child, if there is no room for that.
         """
         machine = self.machine
         machine.check_idle()
@@ -156,6 +159,7 @@ class Process:
             machine.reserve_tables(end - start)
             rc = copy_page_range(machine.table, vma, new)
             if rc:
+                child.exit()
                 raise OutOfMemory(f"fork of {self.name!r}: no room to copy pinned pages")
         return child
 
