@@ -32,7 +32,7 @@ from offload.syscalls import collect_folio_addresses, do_pages_move
 from offload.intrinsics import prefetch_record
 from offload.table import pack
 from offload.units import (
-    MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_mode, parse_reason, parse_size,
+    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_mode, parse_reason, parse_size,
 )
 
 __all__ = ("Machine", "MachineConfig", "NodeConfig")
@@ -195,15 +195,16 @@ class Machine:
         ``mode`` and ``reason`` by kernel name. Raises as :func:`offload.migrate.pages.migrate_pages`; what is left has
         been put back then too.
         """
-        folios = self.isolate(folios)
-        calls = []
+        mode, reason = parse_mode(mode), parse_reason(reason)
+        self.check_nid(nid)
+        nodes = self.mem.nodes
+        nr_isolated = nodes.nr_isolated_anon.copy(), nodes.nr_isolated_file.copy()
         try:
-            return self.migrate_isolated(folios, nid, mode=mode, reason=reason, pf_memalloc=pf_memalloc, events=events,
-                                         time_copies=time_copies, into=calls)
-        except InvalidInput:
-            if not calls:
-                self.putback(folios)
-            raise
+            return self.migrate_isolated(self.isolate(folios), nid, mode=mode, reason=reason, pf_memalloc=pf_memalloc,
+                                         events=events, time_copies=time_copies)
+        finally:
+            if reason == MR_DEMOTION:               # the path leaves it to reclaim to lower NR_ISOLATED, in bulk
+                nodes.nr_isolated_anon[:], nodes.nr_isolated_file[:] = nr_isolated
 
     def migrate_isolated(self, folios, nid, *, mode, reason, pf_memalloc=False, events=(), time_copies=True, into=None,
                          putback=True):
@@ -335,6 +336,7 @@ class Machine:
 
     def defragment(self, nid):
         """Free what fragment() holds on the node."""
+        self.check_idle()
         for held in self._held.pop(nid, ()):
             free_reserved_pages(self.table, held)
 

@@ -8,6 +8,7 @@ functions below, because a migrator may wait for threads or a device. What comes
 import numpy as np
 
 from offload.copy_offload import WRITTEN_UNMARKED
+from offload.intrinsics import prefetch_record
 from offload.jit import jit
 from offload.migrate.state import folio_set_content_copied
 from offload.mm.frames import folios_mc_copy, frame_address
@@ -46,6 +47,8 @@ def mark_copied_folios(mem, call):
     """
     c = call.state[0]
     for i in range(c.nr_batch):
+        if i + 8 < c.nr_batch:                      # the copy has driven the records out of the near caches
+            prefetch_record(mem.folios, call.pair_dst[i + 8])
         if call.pair_done[i]:
             if call.pair_done[i] != WRITTEN_UNMARKED:
                 folio_set_content_copied(mem, call.pair_dst[i])

@@ -216,14 +216,24 @@ def free_pages(mem, pfn):
 
 
 @jit
+def block_order(mem, nid, page, order):
+    """Order, of at least ``order``, of the free block in which a page (counted from the node's start) lies, or NR_ORDERS."""
+    while order < NR_ORDERS:
+        if page >> order >= mem.nodes[nid].nr_pages >> order:      # beyond the last whole block: it has no bit
+            return NR_ORDERS
+        if block_is_free(mem, nid, order, page >> order):
+            return order
+        order += 1
+    return order
+
+
+@jit
 def take_free_page(mem, nid, pfn):
     """Take one given page out of the free block it lies in (as take_page_off_buddy()). False if it is not free."""
     block = pfn - mem.nodes[nid].start_pfn
-    order = 0
-    while not block_is_free(mem, nid, order, block >> order):
-        order += 1
-        if order == NR_ORDERS:
-            return False
+    order = block_order(mem, nid, block, 0)
+    if order == NR_ORDERS:
+        return False
     clear_free(mem, nid, order, block >> order)
     mem.nodes[nid].nr_free_pages -= 1
     while order > 0:                                # give the half without it back, until one page is left
@@ -242,10 +252,7 @@ def fragment_node(mem_table, nid, order, held):
     node = mem.nodes[nid]
     nr = 0
     for block in range(node.nr_pages >> order + 1):
-        at = order + 1
-        while at < NR_ORDERS and not block_is_free(mem, nid, at, block >> at - order - 1):
-            at += 1
-        if at < NR_ORDERS:
+        if block_order(mem, nid, block << order + 1, order + 1) < NR_ORDERS:
             pfn = node.start_pfn + (block << order + 1)
             take_free_page(mem, nid, pfn)
             folio = mem.folios[pfn]

@@ -22,7 +22,7 @@ from offload.workload.rebuild import KINDS, compare_pages, locate_pages, rebuild
 
 __all__ = ("Moved", "move_process", "result_of", "print_result", "announce_compiling", "progress_bar")
 
-COMPILE_S = 40
+COMPILE_S = 35
 """About how long compiling takes with an empty cache, in seconds: announced, nothing else."""
 
 MOVED, FAILED, SKIPPED = 0, 1, 2
