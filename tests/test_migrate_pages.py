@@ -108,10 +108,6 @@ class TestMatrix:
         assert result.moved_bytes == nr * PAGE_SIZE * moves
         assert result.copies["folios"] == moves and result.copied_bytes == nr * PAGE_SIZE * moves
         assert world.where(address) == [int(moves)]
-        if moves:                                   # for demotion, the caller lowers NR_ISOLATED, in bulk
-            node = world.machine.mem.nodes[0]
-            assert node.nr_isolated_anon + node.nr_isolated_file == nr
-            node.nr_isolated_anon = node.nr_isolated_file = 0
         world.check()
 
     @pytest.mark.parametrize("mode", MODES)
@@ -157,7 +153,20 @@ class TestMatrix:
 
 
 class TestReasons:
-    """Three reasons change what the path does: memory failure keeps the source, longterm pin is patient."""
+    """Some reasons change what the path does: memory failure keeps the source, longterm pin is patient."""
+
+    def test_demotion_leaves_nr_isolated_to_its_caller(self, world):
+        """Which Machine.migrate_pages() is, and lowers it; whoever isolates for himself has to."""
+        pfns = world.pfns(3) + file_folios(world, 2)
+        result = world.migrate(pfns[:1] + pfns[-1:], reason="demotion")
+        assert result.rc == 0
+        world.check()
+        folios = world.machine.isolate(pfns[1:4])
+        world.machine.migrate_isolated(folios, 1, mode="MIGRATE_ASYNC", reason="demotion")
+        nodes = world.machine.mem.nodes
+        assert (nodes.nr_isolated_anon.tolist(), nodes.nr_isolated_file.tolist()) == ([2, 0], [1, 0])
+        nodes.nr_isolated_anon[0] = nodes.nr_isolated_file[0] = 0
+        world.check()
 
     def test_memory_failure_keeps_the_source(self, world):
         pfn, = world.pfns()

@@ -175,6 +175,21 @@ class TestFragment:
         assert machine.free_blocks(1) == whole_blocks(1024)
         machine.validate()
 
+    def test_a_node_smaller_than_the_largest_block(self):
+        """It has no bits for such blocks; the next node's first page, free on its own, is not taken for one."""
+        machine = make_machine(512, 1024)
+        process = machine.process()
+        process.mmap(512 * PAGE_SIZE)
+        first = process.mmap("4K", nid=1)
+        process.mmap("4K", nid=1)
+        process.munmap(first, PAGE_SIZE)
+        machine.lru_add_drain()
+        blocks = machine.free_blocks(1)
+        assert blocks[0] == 1
+        machine.fragment(0, 3)
+        assert (machine.free_pages(0), machine.free_blocks(1)) == (0, blocks)
+        machine.validate()
+
     def test_finer_and_finer(self, machine):
         process = machine.process()
         process.mmap(777 * PAGE_SIZE)
