@@ -326,14 +326,14 @@ class CpuBackend:
             for share in shares[1:]:
                 futures.append(self._pool.submit(function, *share))
             function(*shares[0])
+            for future in futures:
+                future.result()
         except RuntimeError:
             # No new thread. The share that wanted one is queued all the same, and must not run later.
             pool, self._pool = self._pool, None
             pool.shutdown(cancel_futures=True)
             return -ENOMEM
-        except BaseException:
+        except BaseException:                       # Ctrl-C, most likely while this thread waits for the others
             concurrent.futures.wait(futures)
             raise
-        for future in futures:
-            future.result()
         return 0

@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import llvmlite.binding as llvm
 import numba
@@ -285,6 +287,21 @@ class TestBackend:
             done[:] = 0
             assert backend.copy(plan, done) == 0 and done.all()
         assert verdicts(plan, before, (dst.read(), src.read())) == []
+
+    def test_nobody_copies_any_more_when_an_interrupt_is_raised(self):
+        finished = []
+
+        def share(thread):
+            if thread:
+                time.sleep(0.05)                    # the calling thread waits for this one by then
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.05)
+            finished.append(thread)
+
+        with CpuBackend(threads=2) as backend:
+            with pytest.raises(KeyboardInterrupt):
+                backend._on_all(share, [(0,), (1,)])
+            assert finished == [0, 1]
 
     @pytest.mark.parametrize("n, t, counts", [(4, 4, [1, 1, 1, 1]), (7, 3, [3, 2, 2]), (512, 12, [43] * 8 + [42] * 4)])
     def test_whole_folios_are_shared_in_order(self, n, t, counts):
