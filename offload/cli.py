@@ -4,6 +4,8 @@ Errors that a user can mend are one line on standard error and exit status 2, Ct
 and keeps its traceback.
 """
 
+import collections
+import os
 import sys
 from typing import Annotated
 
@@ -40,7 +42,7 @@ def engines():
 
     rows = [(name, migrator, "yes" if reason is None else "no", does if reason is None else f"{does}: {reason}")
             for name, migrator, does, reason in list_engines()]
-    console().print(table("engines", ("engine", "migrator", "available", "what it does"), rows))
+    console().print(table("engines", ("engine", "migrator", "available", "what it does"), rows, fold="what it does"))
 
 
 @app.command()
@@ -132,6 +134,9 @@ def run(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Scen
         outcomes.append(outcome)
         out = sys.stderr if json == "-" or outcome.message else sys.stdout
         print(*outcome.lines(), sep="\n", file=out, flush=True)
+    if len(outcomes) > 1:
+        count = collections.Counter(outcome.status for outcome in outcomes)
+        print(", ".join(f"{nr} {status}" for status, nr in count.items()), file=sys.stderr if json == "-" else sys.stdout)
     if json:
         results = [outcome.as_json() for outcome in outcomes]
         write_json(json, results[0] if len(results) == 1 else results)
@@ -144,9 +149,16 @@ def main(args=None):
         status = app(args=args, standalone_mode=False) or 0
         if status == 130:                           # Typer has caught Ctrl-C and says so by this number alone
             raise KeyboardInterrupt
+        sys.stdout.flush()
         return status
     except OffloadError as error:
         print(f"offload: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:                         # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"offload: {error}; the host refused it, as it does when a disk is full", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("offload: interrupted; nothing was written", file=sys.stderr)

@@ -16,17 +16,21 @@ With ``NUMBA_DISABLE_JIT=1`` the decorators return the Python function, and intr
 Python stand-ins beside them (``JIT_DISABLED``).
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
+import threading
 
 import llvmlite
 import numba
 
-__all__ = ("JIT_DISABLED", "jit", "jit_inline", "jit_once", "jit_entry", "cache_folder", "cache_is_warm", "mark_cache_warm")
+__all__ = ("JIT_DISABLED", "jit", "jit_inline", "jit_once", "jit_entry", "cache_folder", "cache_is_warm", "mark_cache_warm",
+           "exit_on_interrupt")
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -95,6 +99,27 @@ def mark_cache_warm():
     """Note that everything the migration path needs is in the cache now."""
     if not JIT_DISABLED:
         (cache_folder() / "warm").touch()
+
+
+@contextlib.contextmanager
+def exit_on_interrupt():
+    """While compiling: Ctrl-C ends the process at once with status 130.
+
+    An exception raised inside LLVM's callbacks is lost, and leaves a half-made library behind in memory. Cache files are
+    whole or absent.
+    """
+    def leave(signum, frame):
+        os.write(2, b"offload: interrupted; nothing was written\n")
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _compile(function, **options):

@@ -18,12 +18,13 @@ def console(file=None):
     return Console(file=file, width=None if file.isatty() else 160, highlight=False)
 
 
-def table(title, columns, rows, *, right=()):
-    """A rich table; ``right`` names the columns of numbers."""
+def table(title, columns, rows, *, right=(), fold=None):
+    """A rich table; ``right`` names the columns of numbers, ``fold`` the one that is wrapped on a narrow terminal."""
     from rich.table import Table
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        out.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        out.add_column(column, justify="right" if column in right else "left", no_wrap=column != fold,
+                       overflow="fold" if column == fold else "ellipsis")
     for row in rows:
         out.add_row(*(str(cell) for cell in row))
     return out

@@ -29,7 +29,7 @@ from offload.engines import parse_engine
 from offload.errors import BrokenInvariant
 from offload.experiment.limits import Limits
 from offload.experiment.manifest import host_manifest
-from offload.jit import cache_is_warm, mark_cache_warm
+from offload.jit import cache_is_warm, exit_on_interrupt, mark_cache_warm
 from offload.kernels.cpu import KERNELS
 from offload.machine import Machine, NodeConfig
 from offload.mm.frames import POISON
@@ -287,7 +287,7 @@ def compile_once(config):
     engines = tuple(dict.fromkeys((*map(parse_engine, ("vanilla", "batch", "mt:2")), *config.engines)))
     tiny = dataclasses.replace(config, size=PAGE_SIZE << HPAGE_PMD_ORDER, orders=(0, HPAGE_PMD_ORDER), engines=engines,
                                repeat=1, warmup=0, placement="host")
-    with Session(tiny) as session:
+    with exit_on_interrupt(), Session(tiny) as session:
         for order in tiny.orders:
             session.run_order(order)
     mark_cache_warm()

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from offload.errors import BrokenInvariant
-from offload.jit import JIT_DISABLED, cache_folder
+from offload.jit import JIT_DISABLED, cache_folder, exit_on_interrupt
 from offload.mm.memmap import FIRST_PFN, PG_locked, PG_writeback
 from offload.syscalls import NOT_WRITTEN
 from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_size
@@ -371,8 +371,9 @@ def announce_compiling(engine):
     mark = None if JIT_DISABLED else cache_folder() / "warm-migrate"
     if mark is not None and not mark.exists():
         print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
-    for nr_pages in (1, 65):                        # fewer folios than threads, and more
-        move_process(rebuild(_tiny_snapshot(nr_pages)), engine, move_all=True)
+    with exit_on_interrupt():
+        for nr_pages in (1, 65):                    # fewer folios than threads, and more
+            move_process(rebuild(_tiny_snapshot(nr_pages)), engine, move_all=True)
     if mark is not None:
         mark.touch()
 
