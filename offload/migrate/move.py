@@ -25,8 +25,7 @@ from offload.mm.frames import folio_mc_copy, frame_address
 from offload.mm.memmap import (
     AOPS_FILEMAP, MAPPING_SHMEM, PG_active, PG_checked, PG_deferred_list, PG_dirty, PG_idle, PG_large_rmappable,
     PG_mappedtodisk, PG_partially_mapped, PG_private, PG_readahead, PG_referenced, PG_swapbacked, PG_swapcache,
-    PG_unevictable, PG_uptodate, PG_workingset, PG_writeback, PG_young, folio_expected_ref_count,
-    folio_test_anon, folio_unlock,
+    PG_unevictable, PG_uptodate, PG_workingset, PG_young, folio_expected_ref_count, folio_test_anon, folio_unlock,
 )
 from offload.mm.node import (
     deferred_split_folio, folio_add_lru, folio_put, folio_unqueue_deferred_split, lru_add_drain,

@@ -21,7 +21,7 @@ from offload.mm.pagetable import (
     PTE_HUGE, ZERO_PAGE, pte_is_migration, pte_pfn, remove_migration_ptes, rmap_first, rmap_next, rmap_vma, split_pmd,
     try_to_migrate, try_to_unmap, vma_address, walk_pmd, walk_pte,
 )
-from offload.units import EAGAIN, EBUSY, MIGRATE_ASYNC, PAGE_SHIFT, PAGE_SIZE
+from offload.units import EAGAIN, EBUSY, MIGRATE_ASYNC, PAGE_SIZE
 
 __all__ = ("try_split_folio", "split_folio")
 

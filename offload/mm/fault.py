@@ -412,7 +412,7 @@ def copy_page_range(mem_table, vma, child):
     0 or -ENOMEM (entries copied so far stay). Kernel: copy_page_range().
     """
     mem = unpack(mem_table)
-    area, to = mem.vmas[vma], mem.vmas[child]
+    area = mem.vmas[vma]
     address = area.start
     while address < area.end:
         pmd = walk_pmd(mem, area.mm, address)

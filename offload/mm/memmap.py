@@ -31,8 +31,8 @@ from offload.units import MAX_PAGE_ORDER
 __all__ = (
     "FOLIO_DTYPE", "NODE_DTYPE", "FREE_AREA_DTYPE", "MM_DTYPE", "VMA_DTYPE", "ANON_VMA_DTYPE", "AVC_DTYPE",
     "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "unpack",
-    "folio_nr_pages", "folio_test", "folio_set", "folio_clear", "folio_test_anon", "folio_test_large",
-    "page_folio", "folio_expected_ref_count", "folio_trylock", "folio_unlock", "folio_is_file_lru",
+    "folio_test_anon", "folio_test_large", "page_folio", "folio_expected_ref_count", "folio_trylock",
+    "folio_unlock", "folio_is_file_lru",
 )
 
 NO_PFN = 0
@@ -94,7 +94,7 @@ FOLIO_DTYPE = np.dtype({
     "page_flags": (np.int64, 0),    # PG_*
     "refcount": (np.int32, 8),
     "mapcount": (np.int32, 12),     # folio_mapcount(): page-table entries that map it, a PMD counts one
-    "pincount": (np.int32, 16),     # FOLL_PIN pins; each also holds references, see node.folio_pin
+    "pincount": (np.int32, 16),     # FOLL_PIN pins; each also holds references: 1024 of a small folio, one of a large
     "order": (np.int16, 20),
     "nid": (np.int16, 22),
     "mapping": (np.int32, 24),      # > 0 an address space, < 0 minus an anon_vma, 0 none
@@ -231,26 +231,6 @@ unpack = make_unpack("Memory", MEMORY_DTYPES)
 
 
 # --- folios (include/linux/mm.h, page-flags.h, pagemap.h) -----------------------------------------------------
-
-@jit_inline
-def folio_test(mem, pfn, bit):
-    return mem.folios[pfn].page_flags & bit != 0
-
-
-@jit_inline
-def folio_set(mem, pfn, bit):
-    mem.folios[pfn].page_flags |= bit
-
-
-@jit_inline
-def folio_clear(mem, pfn, bit):
-    mem.folios[pfn].page_flags &= ~bit
-
-
-@jit_inline
-def folio_nr_pages(mem, pfn):
-    return 1 << mem.folios[pfn].order
-
 
 @jit_inline
 def folio_test_large(mem, pfn):

@@ -20,9 +20,9 @@ from offload.mm.memmap import (
 )
 from offload.units import MAX_PAGE_ORDER
 
-__all__ = ("alloc_pages_node", "free_pages", "fragment_node", "free_reserved_pages", "folio_get", "folio_put", "folio_put_refs", "folio_isolate_lru",
-           "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated", "folio_maybe_dma_pinned",
-           "folio_pin", "folio_unpin")
+__all__ = ("alloc_pages_node", "free_pages", "fragment_node", "free_reserved_pages", "folio_put", "folio_put_refs",
+           "folio_isolate_lru", "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated",
+           "folio_maybe_dma_pinned")
 
 NR_ORDERS = MAX_PAGE_ORDER + 1
 WORD_BITS = 64
@@ -275,11 +275,6 @@ def free_reserved_pages(mem_table, pfns):
 # --- references (include/linux/mm.h, mm/gup.c) ----------------------------------------------------------------
 
 @jit_inline
-def folio_get(mem, pfn):
-    mem.folios[pfn].refcount += 1
-
-
-@jit_inline
 def folio_put_refs(mem, pfn, refs):
     """Drop ``refs`` references; the folio is freed with the last."""
     folio = mem.folios[pfn]
@@ -300,22 +295,6 @@ def folio_maybe_dma_pinned(mem, pfn):
     if folio.order:
         return folio.pincount > 0
     return folio.refcount >= GUP_PIN_COUNTING_BIAS
-
-
-@jit
-def folio_pin(mem, pfn):
-    """Add a FOLL_PIN pin: 1024 references of a small folio, one and the pincount of a large one (try_grab_folio())."""
-    folio = mem.folios[pfn]
-    folio.pincount += 1
-    folio.refcount += 1 if folio.order else GUP_PIN_COUNTING_BIAS
-
-
-@jit
-def folio_unpin(mem, pfn):
-    """Drop one pin (gup_put_folio())."""
-    folio = mem.folios[pfn]
-    folio.pincount -= 1
-    folio_put_refs(mem, pfn, 1 if folio.order else GUP_PIN_COUNTING_BIAS)
 
 
 # --- the LRU (mm/swap.c, mm/vmscan.c) -------------------------------------------------------------------------
