@@ -89,7 +89,7 @@ class TestCommand:
         assert captured.out.splitlines() == [
             f"{files['differs']}: differs, 3 fields", "  expect[0].rc: expected 1, got 0",
             '  expect[0].left: expected ["f"], got []', "  expect[0].folios.f.node: expected 0, got 1",
-            f"{files['passed']}: passed"]
+            f"{files['passed']}: passed", "1 wrong, 1 differs, 1 passed"]
         assert captured.err.startswith(f"{files['wrong']}: folios[0].ordre: 3 is in a field that is not known here; use one")
         assert len(captured.err.splitlines()) == 1
         assert main(["run", files["differs"], files["passed"]]) == 1

@@ -11,13 +11,9 @@ import numpy as np
 
 from offload.errors import BadAddress, InvalidInput, NotSupported, OutOfMemory
 from offload.mm.fault import access, copy_page_range, populate, zap_range
-from offload.mm.memmap import (
-    MAPPING_FILE, MAPPING_SHMEM, VM_EXEC, VM_LOCKED, VM_READ, VM_SHARED, VM_WRITE,
-)
+from offload.mm.memmap import VM_EXEC, VM_LOCKED, VM_READ, VM_SHARED, VM_WRITE
 from offload.mm.pagetable import PMD_SIZE, TASK_SIZE
-from offload.units import (
-    EFAULT, ENOMEM, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE, format_size, parse_size,
-)
+from offload.units import EFAULT, ENOMEM, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE, format_size, parse_size
 
 __all__ = ("Process", "File")
 
@@ -62,7 +58,7 @@ class Process:
              address=None):
         """Map ``length`` bytes (a number, or "64M") and return their address, aligned to the folio order.
 
-        ``order``: folio order to fault in where it fits, 0 to 10. ``nid``: node its folios come from. ``file``: a
+        ``order``: folio order to fault in where it fits, 0 to 9. ``nid``: node its folios come from. ``file``: a
         File, mapped from byte ``offset`` on, ``shared`` or private; without one the memory is anonymous.
         ``populate``: fault everything in now, for writing if ``prot`` has "w". InvalidInput for values that cannot
         be; OutOfMemory if the nodes have no room (the mapping stays, populated in part).
