@@ -44,7 +44,7 @@ from offload.mm.others import others_after_failed_move, others_at_batch_copy, ot
 from offload.mm.pagetable import prefetch_entry
 from offload.units import (
     EAGAIN, ENOMEM, HPAGE_PMD_ORDER, MIGRATE_ASYNC, MR_LONGTERM_PIN, MR_NUMA_MISPLACED, NR_MAX_MIGRATE_ASYNC_RETRY,
-    NR_MAX_MIGRATE_SYNC_RETRY,
+    NR_MAX_MIGRATE_SYNC_RETRY, PAGE_SHIFT,
 )
 
 __all__ = ("batch_begin", "migrate_pages_batch", "sync_begin", "migrate_pages_sync")
@@ -119,7 +119,7 @@ def migrate_pages_batch(mem, call):
             if batch_copy_needs_migrator(mem, call):
                 return STOP_OFFLOAD_COPY
         elif c.batch_at == BATCH_COPIED:
-            if c.step_passed == 0:
+            if c.step_passed == 0:                  # not when taken up after the event below
                 mark_copied_folios(mem, call)
                 if len(mem.others) > 1:
                     for i in range(c.nr_batch + c.nr_single):
@@ -317,7 +317,7 @@ def move_phase(mem, call):
                     return STOP_STEP
                 if mem.folios[src].others:
                     others_before_move(mem, src)
-            nr_pages = np.int64(1) << folio_order(mem, src)
+            nr_pages = np.int64(1) << mem.folios[src].order
             thp = is_thp(mem, src)
             prefetch_pair(mem, call)
             if c.i >= c.nr_batch and c.i + 1 < c.nr_batch + c.nr_single:
@@ -331,7 +331,7 @@ def move_phase(mem, call):
                 c.nr_succeeded += nr_pages
                 c.nr_thp_succeeded += thp
                 c.moved_with_copy += 1
-                c.moved_bytes += nr_pages << 12
+                c.moved_bytes += nr_pages << PAGE_SHIFT
                 if step_after(call, STEP_MOVED, call.pair_dst[row]):
                     return STOP_STEP
             elif rc == -EAGAIN:
@@ -353,11 +353,6 @@ def move_phase(mem, call):
     c.nr_thp_failed += c.thp_retry
     c.nr_failed_pages += c.retry_pages
     return DONE
-
-
-@jit_inline
-def folio_order(mem, pfn):
-    return np.int64(mem.folios[pfn].order)
 
 
 @jit_once

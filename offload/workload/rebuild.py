@@ -25,7 +25,7 @@ import dataclasses
 
 import numpy as np
 
-from offload.errors import ForeignFile, OutOfMemory
+from offload.errors import OutOfMemory
 from offload.jit import jit, jit_entry
 from offload.kernels.cpu import copy_bytes
 from offload.machine import Machine, MachineConfig, NodeConfig
@@ -119,8 +119,8 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, copy_kernel="plai
     A layout-only snapshot gives a machine of placement "nowhere". ``batch_pages``, ``copy_kernel`` and ``poison`` as in
     MachineConfig. ``progress(done_pages, total_pages)`` is called now and then.
 
-    OutOfMemory if the two nodes, which both get filled, do not fit into the memory available; ForeignFile if the
-    snapshot says what no process can have.
+    The snapshot must be consistent, as load() and read_process() have checked. OutOfMemory if the two nodes, which both get
+    filled, do not fit into the memory available.
     """
     skipped = _Skipping(snapshot)
     runs = _runs(snapshot, skipped)
