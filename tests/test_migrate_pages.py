@@ -710,7 +710,12 @@ class TestEvents:
         for field in ("rc", "stats", "targets", "copies", "tlb_flushes", "nr_batches", "moved_bytes"):
             assert getattr(results[0], field) == getattr(results[1], field), field
         assert results[0].left.tolist() == results[1].left.tolist()
-        watched[0].check()
+        # Without events the walks to a small folio's entry are saved: the same entries, records and counters all the same.
+        for world, _ in (plain, watched):
+            world.machine.mem.nodes.frames[:] = 0
+        for name in ("folios", "tables", "nodes", "mms", "vmas", "anon_vmas", "slots", "orders", "free_bits"):
+            arrays = [getattr(world.machine.mem, name) for world, _ in (plain, watched)]
+            assert np.array_equal(*arrays), name
 
 
 class TestRefused:
@@ -758,8 +763,8 @@ class TestAnything:
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(FOLIO, max_size=14), st.sampled_from(MODES), st.sampled_from([1, 7, 512]),
            st.sampled_from([40, 512]), st.sampled_from(list(MIGRATORS)), st.sampled_from([None, 0, 2]),
-           st.randoms(use_true_random=False))
-    def test_anything(self, folios, mode, batch_pages, target_pages, migrator, fragmented, random):
+           st.booleans(), st.randoms(use_true_random=False))
+    def test_anything(self, folios, mode, batch_pages, target_pages, migrator, fragmented, watched, random):
         world = World(1024, target_pages, batch_pages=batch_pages)
         if fragmented is not None:
             world.machine.fragment(1, fragmented)
@@ -782,11 +787,12 @@ class TestAnything:
         random.shuffle(pfns)
         total = int((1 << world.folios.order[pfns].astype(int)).sum()) if pfns else 0
         made = MIGRATORS[migrator]()
+        events = [Event("flush", lambda step, pfn: None)] if watched else []
         if made:
             with on_duty(world.machine, made):
-                result = world.migrate(pfns, mode=mode)
+                result = world.migrate(pfns, mode=mode, events=events)
         else:
-            result = world.migrate(pfns, mode=mode)
+            result = world.migrate(pfns, mode=mode, events=events)
 
         succeeded, failed = result.stats["nr_succeeded"], result.stats["nr_failed_pages"]
         left = int((1 << world.folios.order[result.left].astype(int)).sum()) if len(result.left) else 0

@@ -25,7 +25,7 @@ from offload.intrinsics import clock_ns, prefetch_record
 from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.batch_copy import batch_copy_needs_migrator, mark_copied_folios
 from offload.migrate.call import (
-    DONE, L_BACK, L_BATCH, L_ONE, L_RET, L_SPLIT, STEP_BATCH_COPIED, STEP_FLUSH, STEP_FLUSHED, STEP_MOVE,
+    DONE, L_BACK, L_BATCH, L_FROM, L_ONE, L_RET, L_SPLIT, STEP_BATCH_COPIED, STEP_FLUSH, STEP_FLUSHED, STEP_MOVE,
     STEP_MOVE_FAILED, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
     step_after, step_before,
 )
@@ -53,6 +53,9 @@ __all__ = ("batch_begin", "migrate_pages_batch", "sync_begin", "migrate_pages_sy
 BATCH_UNMAP, BATCH_FLUSH, BATCH_COPY, BATCH_COPIED, BATCH_MOVE, BATCH_UNDO, BATCH_DONE = range(7)
 # Where a synchronous batch stands, in ``call.state.sync_at``.
 SYNC_ASYNC_STAGE, SYNC_NEXT_FOLIO, SYNC_FOLIO = range(3)
+
+
+AHEAD = 24                          # folios: how far the page-table entries are asked for before they are unmapped
 
 
 @jit
@@ -148,6 +151,18 @@ def migrate_pages_batch(mem, call):
             return DONE
 
 
+@jit_inline
+def find_entry(mem, call, src):
+    """Ask for the page-table entry of a folio that will soon be unmapped, and note where it stands.
+
+    Unmapping and moving a small folio that is mapped there and nowhere else then need not walk to it again
+    (try_to_migrate(), remove_migration_ptes()). Not where events may change page tables meanwhile.
+    """
+    entry = prefetch_entry(mem, src)
+    if call.state[0].stop_mask == 0 and mem.folios[src].order == 0:
+        mem.folios[src].migrate_info = entry
+
+
 @jit_once
 def unmap_phase(mem, call):
     """Phase 1: up to ``passes`` passes of unmapping. 0, or STOP_STEP."""
@@ -158,10 +173,14 @@ def unmap_phase(mem, call):
             c.in_pass = 1
             c.retry = c.thp_retry = c.retry_pages = 0
             c.i = c.kept = 0
+            for i in range(min(AHEAD, frm.nr)):
+                find_entry(mem, call, call.pfns[frm.first + i])
         while c.i < frm.nr:
             src = call.pfns[frm.first + c.i]
             if step_before(call, STEP_UNMAP, src):
                 return STOP_STEP
+            if c.i + AHEAD < frm.nr:
+                find_entry(mem, call, call.pfns[frm.first + c.i + AHEAD])
             c.i += 1
             if unmap_one(mem, call, src):           # it stays on the list
                 call.pfns[frm.first + c.kept] = src
@@ -284,8 +303,15 @@ def pair_row(call, i):
 
 @jit_inline
 def prefetch_pair(mem, call):
-    """Ask for what the moves after this one will touch: copying the batch has driven it out of the near caches."""
+    """Ask for what the moves after this one will touch: copying the batch has driven it out of the near caches.
+
+    And for one record of the next batch: in random order they are cache misses, which overlap with the moves here.
+    """
     c = call.state[0]
+    frm = call.lists[L_FROM]
+    if c.from_at + c.i < frm.nr:
+        prefetch_record(mem.folios, call.pfns[frm.first + c.from_at + c.i])
+        prefetch_record(mem.orders, call.pfns[frm.first + c.from_at + c.i])
     nr = c.nr_batch + c.nr_single
     if c.i + 8 < nr:
         row = pair_row(call, c.i + 8)
@@ -293,7 +319,7 @@ def prefetch_pair(mem, call):
         prefetch_record(mem.folios, call.pair_dst[row])
     if c.i + 4 < nr:
         src = call.pair_src[pair_row(call, c.i + 4)]
-        prefetch_entry(mem, src)
+        prefetch_record(mem.tables, mem.folios[src].migrate_info)
         prefetch_free_bits(mem, src)
 
 

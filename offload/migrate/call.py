@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offload.jit import JIT_DISABLED, jit_inline
-from offload.mm.memmap import records
+from offload.mm.memmap import records, zeros
 from offload.table import make_unpack
 from offload.units import HPAGE_PMD_NR
 
@@ -120,9 +120,9 @@ def make_call(pfns, *, mode, reason, target, batch_pages, nr_pages):
     for field, value in (("mode", mode), ("reason", reason), ("target", target), ("batch_pages", batch_pages),
                          ("pair_size", pair_size)):
         state[field] = value
-    call = Call(state, lists, np.zeros(sum(sizes), np.int64), *(
+    call = Call(state, lists, zeros(sum(sizes), np.int64), *(
         np.zeros(2 * pair_size, dtype) for dtype in (np.int64, np.int64, np.uint8, np.uint8, np.int64)),
-        np.zeros(nr_pages, np.int64))
+        zeros(nr_pages, np.int64))
     call.pfns[:nr] = pfns
     lists[L_FROM]["nr"] = nr
     return call

@@ -11,14 +11,13 @@ import numpy as np
 
 from offload.copy_offload import FolioBatch
 from offload.errors import InvalidInput, WouldHang
-from offload.intrinsics import prefetch_record, read_clocks
+from offload.intrinsics import read_clocks
 from offload.jit import jit, jit_entry
 from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
 from offload.migrate.call import (
     CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail, make_call, unpack_call,
 )
 from offload.mm.memmap import unpack
-from offload.mm.pagetable import prefetch_entry
 from offload.table import pack
 from offload.units import MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
 
@@ -80,23 +79,15 @@ def next_batch(call):
 
 @jit
 def cut_batch(mem, call):
-    """Move the head of the list to L_BATCH: folios up to the one with which the pages reach the batch limit.
-
-    In random order a folio's record and its page-table entry are cache misses. Asking for them here lets those of a whole
-    batch overlap.
-    """
+    """Move the head of the list to L_BATCH: folios up to the one with which the pages reach the batch limit."""
     c = call.state[0]
     frm = call.lists[L_FROM]
     nr_pages = 0
     while c.from_at < frm.nr and nr_pages < c.batch_pages:
         src = call.pfns[frm.first + c.from_at]
         nr_pages += np.int64(1) << np.int64(mem.orders[src])
-        prefetch_record(mem.folios, src)
         list_add_tail(call, L_BATCH, src)
         c.from_at += 1
-    batch = call.lists[L_BATCH]
-    for i in range(batch.nr):
-        prefetch_entry(mem, call.pfns[batch.first + i])
 
 
 @jit
@@ -114,13 +105,33 @@ def finish(mem, call):
     c = call.state[0]
     for i in range(c.from_at, call.lists[L_FROM].nr):
         list_add_tail(call, L_RET, call.pfns[call.lists[L_FROM].first + i])
-    c.rc = c.total if call.lists[L_RET].nr else 0
+    ret = call.lists[L_RET]
+    for i in range(ret.nr):
+        mem.folios[call.pfns[ret.first + i]].migrate_info = 0
+    c.rc = c.total if ret.nr else 0
     sys = mem.sys[0]
     sys.pgmigrate_success += c.nr_succeeded
     sys.pgmigrate_fail += c.nr_failed_pages
     sys.thp_migration_success += c.nr_thp_succeeded
     sys.thp_migration_fail += c.nr_thp_failed
     sys.thp_migration_split += c.nr_thp_split
+
+
+@jit_entry
+def count_pages(mem_table, pfns):
+    """Base pages of the folios of a list."""
+    mem = unpack(mem_table)
+    nr_pages = 0
+    for i in range(len(pfns)):
+        nr_pages += np.int64(1) << np.int64(mem.orders[pfns[i]])
+    return nr_pages
+
+
+@jit_entry
+def ticks_to_ns(times, tick_ns):
+    """Turn readings of ticks() into nanoseconds, in place."""
+    for i in range(len(times)):
+        times[i] = np.int64(times[i] * tick_ns)
 
 
 STATS = ("nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split")
@@ -199,7 +210,7 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     and the rest was left untried: no folio stays unmapped and nothing is lost. WouldHang is raised likewise where the
     kernel would sleep for ever. ``.result`` of the exception then holds the MigrateResult.
     """
-    nr_pages = int((1 << mem.orders[pfns].astype(np.int64)).sum())
+    nr_pages = count_pages(mem_table, pfns)
     call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=batch_pages, nr_pages=nr_pages)
     state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
@@ -260,6 +271,8 @@ def plain(records):
 
 def make_result(call, wall_ns, cpu_ns, tick_ns):
     c = dict(zip(CALL_DTYPE.names, plain(call.state).tolist()[0]))
+    blocked_ns = call.blocked[:c["nr_blocked"]]
+    ticks_to_ns(blocked_ns, tick_ns)
     first, nr = plain(call.lists)[L_RET].tolist()
     return MigrateResult(
         rc=c["rc"], mode=MigrateMode(c["mode"]), reason=MigrateReason(c["reason"]),
@@ -272,4 +285,4 @@ def make_result(call, wall_ns, cpu_ns, tick_ns):
         copied_bytes=c["copied_bytes"], moved_bytes=c["moved_bytes"],
         phases_ns={"unmap": c["unmap_ns"], "flush": c["flush_ns"], "copy": c["copy_ns"] + c["move_copy_ns"],
                    "move": c["move_ns"] - c["move_copy_ns"]},
-        blocked_ns=(call.blocked[:c["nr_blocked"]] * tick_ns).astype(np.int64), wall_ns=wall_ns, cpu_ns=cpu_ns)
+        blocked_ns=blocked_ns, wall_ns=wall_ns, cpu_ns=cpu_ns)

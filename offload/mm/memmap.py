@@ -101,7 +101,7 @@ FOLIO_DTYPE = np.dtype({
     "others": (np.int32, 28),       # row of Memory.others: what others do to it during a call; 0 nothing
     "index": (np.int64, 32),        # offset in the mapping, in pages
     "private": (np.int64, 40),      # file-system private data, or the swap entry
-    "migrate_info": (np.int64, 48),     # on a destination during a call: migrate/state.py
+    "migrate_info": (np.int64, 48),     # during a call: on a destination migrate/state.py, on a source its entry's place
     "cpupid": (np.int32, 56),
     "entire_mapcount": (np.int32, 60),  # those of mapcount that are PMD leaves
 })

@@ -278,12 +278,18 @@ def rmap_next(mem, folio_pfn, cursor):
 
 @jit_inline
 def prefetch_entry(mem, folio_pfn):
-    """Ask for the page-table entry that the first step of the folio's reverse map leads to."""
+    """Ask for the page-table entry that the first step of the folio's reverse map leads to; its index, or 0."""
     cursor = rmap_first(mem, folio_pfn)
-    if cursor:
-        vma = rmap_vma(mem, folio_pfn, cursor)
-        address = vma_address(mem, vma, mem.folios[folio_pfn].index)
-        prefetch_record(mem.tables, walk_pte(mem, mem.vmas[vma].mm, address))
+    if cursor == 0:
+        return np.int64(0)
+    vma = rmap_vma(mem, folio_pfn, cursor)
+    area = mem.vmas[vma]
+    address = vma_address(mem, vma, mem.folios[folio_pfn].index)
+    if address < area.start or address >= area.end:
+        return np.int64(0)
+    entry = walk_pte(mem, area.mm, address)
+    prefetch_record(mem.tables, entry)
+    return entry
 
 
 @jit_inline
@@ -318,9 +324,18 @@ def try_to_migrate(mem, folio_pfn):
     Afterwards ``mapcount`` is 0, unless an exclusive page may be pinned: then the walk stops and what it had
     replaced stays replaced (the caller restores it). Whether TLB flushes are batched is the caller's affair.
 
+    ``migrate_info`` of a source, if not 0, is where its entry is expected (migrate/batch.py); where it is its only one, that
+    saves the walk, and remove_migration_ptes() relies on it. Else it is set to 0 here.
+
     Kernel: try_to_migrate() with try_to_migrate_one().
     """
     folio = mem.folios[folio_pfn]
+    if folio.migrate_info:
+        old = mem.tables[folio.migrate_info]
+        if folio.mapcount == 1 and old & (PTE_PRESENT | PTE_SPECIAL) == PTE_PRESENT and pte_pfn(old) == folio_pfn:
+            try_to_migrate_entry(mem, folio_pfn, rmap_vma(mem, folio_pfn, rmap_first(mem, folio_pfn)), folio.migrate_info)
+            return
+        folio.migrate_info = 0
     nr_pages = np.int64(1) << folio.order
     cursor = rmap_first(mem, folio_pfn)
     while cursor and folio.mapcount:
@@ -408,6 +423,11 @@ def remove_migration_ptes(mem, src, dst):
     Kernel: remove_migration_ptes().
     """
     folio = mem.folios[dst]
+    entry = mem.folios[src].migrate_info
+    if entry:
+        if pte_is_migration(mem.tables[entry]):
+            remove_migration_entry(mem, entry, rmap_vma(mem, dst, rmap_first(mem, dst)), dst)
+        return
     nr_pages = np.int64(1) << folio.order
     cursor = rmap_first(mem, dst)
     while cursor:
