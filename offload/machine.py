@@ -13,6 +13,7 @@ from offload.copy_offload import CopyOffload
 from offload.errors import Busy, InvalidInput, NotSupported, OutOfMemory
 from offload.jit import jit_entry
 from offload.kernels.cpu import KERNELS
+from offload.migrate.call import TargetControl
 from offload.migrate.pages import migrate_pages
 from offload.mm.frames import PLACEMENTS, Frames
 from offload.mm.memmap import (
@@ -208,10 +209,14 @@ class Machine:
 
     def migrate_isolated(self, folios, nid, *, mode, reason, pf_memalloc=False, events=(), time_copies=True, into=None,
                          putback=True):
-        """As migrate_pages(), for folios that the caller has isolated. ``into``: list that gets the result, also when
-        it raises. ``putback`` False leaves what is left isolated (``.left``)."""
+        """As migrate_pages(), for folios that the caller has isolated. ``nid``: a node, or a TargetControl.
+
+        ``into``: list that gets the result, also when it raises; if it gets none, the folios are as they were.
+        ``putback`` False leaves what is left isolated (``.left``).
+        """
         mode, reason = parse_mode(mode), parse_reason(reason)
-        self.check_nid(nid)
+        if not isinstance(nid, TargetControl):
+            self.check_nid(nid)
         self.check_idle()
         self._running = True
         try:

@@ -15,6 +15,7 @@ from offload.errors import InvalidInput
 
 __all__ = (
     "PAGE_SHIFT", "PAGE_SIZE", "HPAGE_PMD_ORDER", "HPAGE_PMD_NR", "MAX_PAGE_ORDER", "HPAGE_PUD_NR",
+    "MAX_NUMNODES", "NUMA_NO_NODE",
     "NR_MAX_BATCHED_MIGRATION", "NR_MAX_MIGRATE_PAGES_RETRY", "NR_MAX_MIGRATE_ASYNC_RETRY",
     "NR_MAX_MIGRATE_SYNC_RETRY",
     "EPERM", "ENOENT", "ESRCH", "EINTR", "EIO", "EAGAIN", "ENOMEM", "EACCES", "EFAULT", "EBUSY", "ENODEV",
@@ -32,6 +33,9 @@ HPAGE_PMD_NR = 1 << HPAGE_PMD_ORDER
 HPAGE_PUD_NR = 1 << 18
 MAX_PAGE_ORDER = 10
 """Largest order of the buddy allocator."""
+MAX_NUMNODES = 1024
+"""Node ids of the kernel: 1 << CONFIG_NODES_SHIFT, of distributions for x86-64."""
+NUMA_NO_NODE = -1
 
 NR_MAX_BATCHED_MIGRATION = HPAGE_PMD_NR
 """Base pages at which migrate_pages() closes a batch; the published 2 MiB results need HPAGE_PUD_NR."""

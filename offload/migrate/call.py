@@ -8,6 +8,7 @@ when Python must act first: make the batch copy, run an event. Called again, it 
 The lists of the kernel (from, ret_folios, split_folios ...) are stretches of one array, in list order.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,9 @@ import numpy as np
 from offload.jit import JIT_DISABLED, jit_inline
 from offload.mm.memmap import records, zeros
 from offload.table import make_unpack
-from offload.units import HPAGE_PMD_NR
+from offload.units import HPAGE_PMD_NR, NUMA_NO_NODE
 
-__all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "make_call", "unpack_call", "list_add_tail")
+__all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "TargetControl", "make_call", "unpack_call", "list_add_tail", "node_mask")
 
 # --- why a compiled function came back ------------------------------------------------------------------------
 
@@ -60,6 +61,8 @@ LIST_DTYPE = np.dtype([("first", np.int64), ("nr", np.int64)], align=True)
 CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     # the arguments
     "mode", "reason", "target", "pf_memalloc", "batch_pages", "stop_mask", "time_copies",
+    # where destinations come from, unless it is node ``target`` and no other: see TargetControl
+    "target_special", "nmask", "nmask_next", "interleave", "ilx",
     # migrate_pages()
     "pages_at", "from_at", "rc", "total", "hang", "interrupted",
     # migrate_pages_sync(): its stage, and the counters as they were before it
@@ -104,19 +107,49 @@ unpack_call = make_unpack("Call", Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int6
                                      np.int64, np.int64))
 
 
+def node_mask(nids):
+    """A nodemask_t: bit n for node n, as an int64 (node 63 is the sign). A machine has no nodes beyond."""
+    mask = sum(1 << int(nid) for nid in set(nids) if nid < 64)
+    return mask - (1 << 64) if mask >> 63 else mask
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetControl:
+    """Where the destinations of a call come from (struct migration_target_control, struct migration_mpol).
+
+    ``nid`` is tried first; None: the source's own node. ``nmask``: the nodes that an allocation may come from, in the
+    order of ``nid``'s zonelist; empty: ``nid`` alone (__GFP_THISNODE). ``nmask_next``: those of a second attempt, if the
+    first finds nothing. ``interleave``: nodes among which a page's index decides which is first, counted from index ``ilx``.
+    """
+
+    nid: int | None
+    nmask: tuple = ()
+    nmask_next: tuple = ()
+    interleave: tuple = ()
+    ilx: int = 0
+
+
 def call_records(nr, dtype):
     """Zeroed records of a call. Only uncompiled code needs them as a record array, whose fields cost Python 10 us each."""
     return records(nr, dtype) if JIT_DISABLED else np.zeros(nr, dtype)
 
 
 def make_call(pfns, *, mode, reason, target, batch_pages, nr_pages):
-    """A call that has not begun, for isolated folios ``pfns`` (int64, list order) of ``nr_pages`` base pages in all."""
+    """A call that has not begun, for isolated folios ``pfns`` (int64, list order) of ``nr_pages`` base pages in all.
+
+    ``target``: a node, or a TargetControl.
+    """
     nr = len(pfns)
     pair_size = min(nr_pages, batch_pages + HPAGE_PMD_NR)       # a batch ends with the folio that fills it
     sizes = (nr, pair_size, pair_size, 1, nr_pages, pair_size)
     lists = call_records(NR_LISTS, LIST_DTYPE)
     lists["first"] = np.cumsum((0, *sizes[:-1]))
     state = call_records(1, CALL_DTYPE)
+    if isinstance(target, TargetControl):
+        state["target_special"], state["ilx"] = 1, target.ilx
+        for field in ("nmask", "nmask_next", "interleave"):
+            state[field] = node_mask(getattr(target, field))
+        target = NUMA_NO_NODE if target.nid is None else target.nid
     for field, value in (("mode", mode), ("reason", reason), ("target", target), ("batch_pages", batch_pages),
                          ("pair_size", pair_size)):
         state[field] = value

@@ -201,7 +201,7 @@ class MigrateResult:
 
 def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_pages, pf_memalloc=False, events=(),
                   time_copies=True):
-    """Migrate isolated folios to node ``target``; the MigrateResult. Does not put back what is left.
+    """Migrate isolated folios to ``target``, a node or a TargetControl; the MigrateResult. Does not put back what is left.
 
     ``pfns``: int64 heads of isolated, distinct folios, in list order. ``offload``: the CopyOffload. With
     ``time_copies`` each copy made in the move phase is timed by two more clock readings.
@@ -214,6 +214,8 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=batch_pages, nr_pages=nr_pages)
     state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
+    if plain(mem.sys)["alloc_fail_times"][0]:
+        state["target_special"] = 1
     state["stop_mask"] = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])
     call_table = pack(call)
     error = None

@@ -13,11 +13,12 @@ from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_i
 from offload.mm.memmap import (
     NO_PFN, PG_ksm, PG_mlocked, PG_movable_ops, PG_private, PG_uptodate, PG_writeback, folio_trylock, folio_unlock,
 )
+from offload.mm.mempolicy import alloc_pages_nodemask, interleave_nid
 from offload.mm.node import alloc_pages_node, folio_put, node_stat_add_isolated
 from offload.mm.others import others_refuse_alloc, wait_for_lock, wait_for_writeback
 from offload.mm.pagetable import remove_migration_ptes, try_to_migrate
 from offload.units import (
-    EAGAIN, EBUSY, ENOMEM, MIGRATE_ASYNC, MIGRATE_SYNC, MIGRATE_SYNC_LIGHT, MR_DEMOTION, MR_MEMORY_FAILURE,
+    EAGAIN, EBUSY, ENOMEM, MIGRATE_ASYNC, MIGRATE_SYNC, MIGRATE_SYNC_LIGHT, MR_DEMOTION, MR_MEMORY_FAILURE, NUMA_NO_NODE,
 )
 
 __all__ = ("alloc_migration_target", "migrate_folio_unmap", "migrate_folio_undo_src", "migrate_folio_undo_dst",
@@ -40,15 +41,55 @@ def put_anon_vma(mem, anon_vma):
 
 @jit_inline
 def alloc_migration_target(mem, call, src):
-    """A destination for ``src`` on the call's target node, of the same order (get_new_folio with __GFP_THISNODE).
+    """A destination for ``src``, of the same order: on the call's target node, unless it says more (TargetControl).
 
-    NO_PFN if the node has no such block, or if a scenario makes this allocation fail. Counted either way.
+    NO_PFN if there is no such block, or if a scenario makes this allocation fail. Counted either way.
     """
     c = call.state[0]
     c.targets_allocated += 1
     if mem.folios[src].others and others_refuse_alloc(mem, src):
         return np.int64(NO_PFN)
+    if c.target_special:
+        return alloc_target_special(mem, call, src)
     return alloc_pages_node(mem, c.target, np.int64(mem.folios[src].order))
+
+
+@jit
+def alloc_target_special(mem, call, src):
+    """A destination from one of several nodes, or one that a scenario may make fail.
+
+    Kernel: alloc_migration_target() with a nodemask, alloc_migration_target_by_mpol() (mempolicy.c), and
+    should_fail_alloc_page().
+    """
+    c = call.state[0]
+    order = np.int64(mem.folios[src].order)
+    if mem.sys[0].alloc_fail_times and should_fail_alloc(mem, order):
+        return np.int64(NO_PFN)
+    nid = c.target
+    if c.interleave:
+        nid = interleave_nid(mem, c.interleave, mem.folios[src].index - c.ilx >> order)
+    elif nid == NUMA_NO_NODE:
+        nid = np.int64(mem.folios[src].nid)
+    if c.nmask == 0:
+        return alloc_pages_node(mem, nid, order)
+    dst = alloc_pages_nodemask(mem, nid, c.nmask, order)
+    if dst == NO_PFN and c.nmask_next:
+        dst = alloc_pages_nodemask(mem, nid, c.nmask_next, order)
+    return dst
+
+
+@jit
+def should_fail_alloc(mem, order):
+    """Whether this target allocation of a system call is one of those that fail; counts it."""
+    sys = mem.sys[0]
+    if order < sys.alloc_fail_order:
+        return False
+    if sys.alloc_fail_after:
+        sys.alloc_fail_after -= 1
+        return False
+    if sys.alloc_fail_times > 0:
+        sys.alloc_fail_times -= 1
+    return True
 
 
 @jit

@@ -138,6 +138,8 @@ VMA_DTYPE = np.dtype([(name, np.int64) for name in (
     "nid",                          # node to fault in on (then the others, nearest first)
     "first_avc",                    # this vma's links to anon_vmas: Memory.avcs, through next_of_vma
     "next_in_mapping",              # i_mmap: next vma of the same file
+    "pol_mode", "pol_nodes",        # its memory policy: MPOL_* (0: none) and the nodes, a bit each (mm/mempolicy.py)
+    "pol_ilx",                      # interleaving counts pages from this pgoff on: where it was mapped, before any split
 )], align=True)
 """struct vm_area_struct; addresses in bytes, pgoff in pages. Row 0 is unused."""
 
@@ -177,6 +179,8 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "offload_cpu_kernel",           # 1 + the copy kernel if the CPU routine is on duty; 0: somebody Python must call
     "pgmigrate_success", "pgmigrate_fail",
     "thp_migration_success", "thp_migration_fail", "thp_migration_split",
+    # target allocations of at least this order: so many more succeed, then so many fail (-1: all); 0: none is made to fail
+    "alloc_fail_order", "alloc_fail_after", "alloc_fail_times",
 )], align=True)
 """What there is one of: switches, the per-CPU LRU batch's fill, vmstat counters (units as in the kernel)."""
 

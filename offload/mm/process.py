@@ -87,7 +87,7 @@ class Process:
         vma = machine.new_row("vmas")
         row = machine.mem.vmas[vma]
         row.mm, row.start, row.end, row.vm_flags, row.order, row.nid = self.mm, address, address + length, vm_flags, order, nid
-        row.pgoff = offset >> PAGE_SHIFT if file else address >> PAGE_SHIFT
+        row.pgoff = row.pol_ilx = offset >> PAGE_SHIFT if file else address >> PAGE_SHIFT
         if file:
             row.mapping = file.mapping
             mapping = machine.mem.mappings[file.mapping]
@@ -139,7 +139,7 @@ class Process:
         for start, end, vma in zip(self._starts, self._ends, self._vmas):
             new = machine.new_row("vmas")
             row, old = machine.mem.vmas[new], machine.mem.vmas[vma]
-            for field in ("start", "end", "pgoff", "vm_flags", "mapping", "order", "nid"):
+            for field in ("start", "end", "pgoff", "vm_flags", "mapping", "order", "nid", "pol_mode", "pol_nodes", "pol_ilx"):
                 row[field] = old[field]
             row.vm_flags &= ~VM_LOCKED              # mlock is not inherited
             row.mm = child.mm
