@@ -1,4 +1,4 @@
-"""The contract of the copy kernels: what a plan is, what a backend promises, and what is refused.
+"""The contract of the copy kernels: what a plan is, what a backend and a DMA provider promise, and what is refused.
 
 Stands for the folio lists that the batch-copy series hands to a copier (``folios_mc_copy``, RFC v4 to v6, not
 merged), as arrays. Leaves out who may be copied and what happens to those that were not: that is the migration
@@ -14,7 +14,9 @@ import numpy as np
 
 from offload.errors import InvalidInput
 
-__all__ = ("CopyPlan", "CopyBackend", "checked_plan", "FRAME_SHIFT", "FRAME_SIZE", "CACHE_LINE", "MAX_ORDER")
+__all__ = ("CopyPlan", "CopyBackend", "checked_plan", "DmaProvider", "DmaProviderChan", "DMA_IN_PROGRESS",
+           "DMA_TRANS_NOERROR", "DMA_TRANS_READ_FAILED", "DMA_TRANS_WRITE_FAILED", "DMA_TRANS_ABORTED",
+           "FRAME_SHIFT", "FRAME_SIZE", "CACHE_LINE", "MAX_ORDER")
 
 FRAME_SHIFT = 12
 FRAME_SIZE = 1 << FRAME_SHIFT
@@ -73,6 +75,91 @@ class CopyBackend(Protocol):
         Returns 0, or a negative errno when not everything was copied. Either way done[i] is then 1 for exactly
         the entries that were wholly written.
         """
+        ...
+
+
+DMA_IN_PROGRESS, DMA_TRANS_NOERROR, DMA_TRANS_READ_FAILED, DMA_TRANS_WRITE_FAILED, DMA_TRANS_ABORTED = range(5)
+"""Results of a descriptor. As enum dmaengine_tx_result (include/linux/dmaengine.h, v7.3), which begins with NOERROR."""
+
+
+class DmaProvider(Protocol):
+    """A DMA engine as its driver sees it: a number of channels that copy by themselves.
+
+    Stands for the provider side of struct dma_device (include/linux/dmaengine.h, v7.3). Clients go through
+    offload/dmaengine.py, which keeps channels, cookies and states apart and calls nothing here out of turn.
+    """
+
+    name: str
+    """As results name it: ``"cpu"``, ``"cuda-batch"``."""
+
+    nr_chans: int
+    """How many channels it has. Numbers 0 to nr_chans - 1; each is given to one client at a time."""
+
+    def alloc_chan_resources(self, number) -> "DmaProviderChan | int":
+        """Channel ``number``, ready for use, or a negative errno. Called again for each client that gets it.
+
+        A provider keeps what is dear (threads, streams, staging buffers) between clients, until :meth:`close`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up threads, streams and memory. No channel is in use. Twice is once."""
+        ...
+
+
+class DmaProviderChan(Protocol):
+    """A channel: what is issued on it is carried out while the client does something else.
+
+    * *A batch of descriptors* is what is prepared at once: descriptor i copies entry i of a :class:`CopyPlan`. Batches
+      of one channel are carried out in the order of their submission; the descriptors of one batch, and channels
+      among each other, in no order. Overlap as for :class:`CopyBackend`.
+    * *Results*: the provider writes result[i] (uint8, DMA_TRANS_*) once when descriptor i has ended, after its
+      bytes, and nothing else there. The client reads it after :meth:`wait` or :meth:`terminate_sync`; both make
+      what was written before visible to the caller, bytes and results alike. Where an engine knows less (one
+      completion for a chunk or a launch), all descriptors of that unit get the unit's result. An error is a result:
+      the bytes of that descriptor are undefined, the others go on if the engine can, else end as ABORTED.
+    * *Lifetime*: the provider keeps the plan's arrays and ``result`` alive; the client leaves them as they are
+      until the batch has ended.
+    * *Exceptions* mean that the device is lost, or a bug. Afterwards terminate_sync() and
+      free_chan_resources() are called all the same, and must not raise.
+    """
+
+    def prep_dma_memcpy(self, plan: CopyPlan, result: np.ndarray, interrupt: str) -> object | None:
+        """Prepare a batch: whatever the channel knows it by, or None if it is refused (no room in the ring). Copies
+        nothing.
+
+        ``interrupt``: which descriptors signal: ``"each"`` or, as most drivers ask for, ``"last"``, the one with
+        the highest index (DMA_PREP_INTERRUPT on that one alone).
+        """
+        ...
+
+    def submit(self, prepared) -> int:
+        """Queue a prepared batch. 0 or a negative errno; then it never runs. Copies nothing yet."""
+        ...
+
+    def issue_pending(self) -> None:
+        """Start what is submitted, in order, and return without waiting for it."""
+        ...
+
+    def wait(self, prepared, timeout_ns: int) -> bool:
+        """Sleep until the descriptors of an issued batch that signal have done so; False after ``timeout_ns``.
+
+        With ``"each"``, True means that every descriptor has a result. With ``"last"`` it means that the last one
+        has; earlier ones may be under way if the engine finishes out of order. Ctrl-C may end it by an exception.
+        A modelled engine moves its own clock instead of sleeping.
+        """
+        ...
+
+    def terminate_sync(self) -> None:
+        """Drop what has not started, stop or wait out what has. Whatever has no result gets DMA_TRANS_ABORTED.
+
+        When it returns, no byte and no result is written any more. (Modelled engines may break this on purpose; an
+        engine that cannot abort waits.)
+        """
+        ...
+
+    def free_chan_resources(self) -> None:
+        """The client is gone; nothing is under way."""
         ...
 
 
