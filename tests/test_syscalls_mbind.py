@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import World
-from offload.errors import InvalidInput, NotSupported
+from offload.errors import InvalidInput, NotSupported, OutOfMemory
 from offload.mm.mempolicy import (
     MPOL_BIND, MPOL_DEFAULT, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED, MPOL_PREFERRED_MANY,
 )
@@ -194,8 +194,8 @@ class TestArguments:
         assert call(world, address + 1, 2, "bind", [1]).errno == EINVAL
         assert call(world, address, 0, "bind", []).ret == 0, "an empty range is looked at before the policy"
         assert call(world, address + 1, 0, "bind", [1]).errno == EINVAL
-        assert sys_mbind(world.machine, world.process, address, 1, "bind", [1], MPOL_MF_MOVE).ret == 0
-        assert sys_mbind(world.machine, world.process, address | 5 << 57, PAGE_SIZE, "bind", [1], MPOL_MF_MOVE).ret == 0
+        assert sys_mbind(world.machine, world.process, address, 2 * PAGE_SIZE + 1, "bind", [1], MPOL_MF_MOVE).ret == 0
+        assert sys_mbind(world.machine, world.process, address | 5 << 57, 3 * PAGE_SIZE, "bind", [1], MPOL_MF_MOVE).ret == 0
         assert sys_mbind(world.machine, world.process, address, 1 << 64, "bind", [1], 0).ret == 0, "wraps to nothing"
         assert sys_mbind(world.machine, world.process, address, (1 << 64) - 5000, "bind", [1], 0).errno == EINVAL
 
@@ -234,4 +234,47 @@ class TestArguments:
         with pytest.raises(KeyboardInterrupt):
             call(world, address, 3, "bind", [1])
         assert world.machine.mem.sys.lru_disabled[0] == 0
+        world.check()
+
+
+class TestFaults:
+    """What is touched after mbind() comes from where the policy says."""
+
+    @pytest.mark.parametrize("mode, nodes, expected", [
+        ("bind", [2], [2] * 4), ("bind", [1, 2], [1] * 4), ("interleave", [1, 2], [1, 2, 1, 2]), ("local", [], [0] * 4),
+        ("preferred", [1], [1] * 4), ("preferred_many", [1, 2], [1] * 4)])
+    def test_anonymous(self, world, mode, nodes, expected):
+        address = world.process.mmap("16K", populate=False, nid=0)
+        call(world, address, 4, mode, nodes, 0)
+        world.process.populate(address, 4 * PAGE_SIZE)
+        assert world.where(address, 4) == expected
+        world.check()
+
+    @pytest.mark.parametrize("order, where", [(0, [1, 2, 1, 2]), (1, [1, 1, 2, 2])])
+    def test_a_file(self, world, order, where):
+        address = world.process.mmap("16K", populate=False, file=world.machine.file("16K"), shared=True, order=order)
+        call(world, address, 4, "interleave", [1, 2], 0)
+        world.process.populate(address, 4 * PAGE_SIZE)
+        assert world.where(address, 4) == where
+        world.check()
+
+    def test_copy_on_write(self, world):
+        address, _ = world.map(2)
+        world.process.fork()
+        call(world, address, 2, "bind", [2], 0)
+        world.process.write(address, world.expected[0][2][:1])
+        assert world.where(address, 2) == [2, 0]
+        world.check()
+
+    @pytest.mark.parametrize("mode, full", [("bind", True), ("preferred", False), ("interleave", False)])
+    def test_no_room(self, mode, full):
+        world = World(64, 1, 64)
+        address = world.process.mmap("8K", populate=False)
+        call(world, address, 2, mode, [1], 0)
+        if full:
+            with pytest.raises(OutOfMemory):
+                world.process.populate(address, 2 * PAGE_SIZE)
+        else:
+            world.process.populate(address, 2 * PAGE_SIZE)
+        assert world.where(address, 2) == [1, None if full else 2]
         world.check()

@@ -2,7 +2,7 @@
 
 Stands for mm/memory.c and mm/huge_memory.c as far as they fill and clear page tables (v7.3): anonymous faults of any
 order, page-cache faults, copy on write, copy_page_range() and zap_page_range(). Leaves out swap, userfaultfd,
-fault-around beyond the folio that is hit, hugetlb, and memory policies other than one preferred node.
+fault-around beyond the folio that is hit, and hugetlb.
 
 Nothing here runs while a migration does, except as an event between its steps.
 """
@@ -17,6 +17,7 @@ from offload.mm.frames import copy_pages, frame_address, zero_frames
 from offload.mm.memmap import (
     NO_PFN, PG_swapbacked, PG_uptodate, VM_READ, VM_SHARED, VM_WRITE, page_folio, unpack,
 )
+from offload.mm.mempolicy import alloc_pages_vma
 from offload.mm.node import alloc_pages_node, folio_add_lru, folio_put_refs, folio_maybe_dma_pinned
 from offload.mm.pagetable import (
     PMD_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTE_YOUNG,
@@ -67,8 +68,12 @@ def lookup_page(mem, mm, address):
 # --- filling --------------------------------------------------------------------------------------------------
 
 @jit
-def alloc_folio(mem, nid, order):
-    """A folio on ``nid``; a base page may come from any node, the nearest id first."""
+def alloc_folio(mem, vma, index, order):
+    """A folio for page ``index`` (pgoff) of a vma: as its policy says, or on its node; then a base page may come from any,
+    the nearest id first."""
+    if mem.vmas[vma].pol_mode:
+        return alloc_pages_vma(mem, vma, index, order)
+    nid = mem.vmas[vma].nid
     pfn = alloc_pages_node(mem, nid, order)
     if pfn == NO_PFN and order == 0:
         for distance in range(1, mem.sys[0].nr_nodes):
@@ -131,7 +136,7 @@ def do_anonymous_page(mem, vma, address, write):
         start = address & ~(nbytes - 1)
         if order == 0 or (start >= area.start and start + nbytes <= area.end
                           and range_is_none(mem, area.mm, start, np.int64(1) << order)):
-            pfn = alloc_folio(mem, area.nid, order)
+            pfn = alloc_folio(mem, vma, area.pgoff + (start - area.start >> PAGE_SHIFT), order)
             if pfn != NO_PFN:
                 break
             if order == 0:
@@ -177,7 +182,7 @@ def filemap_fault(mem, vma, index):
             if mem.slots[mem.mappings[area.mapping].slots + first + i] != NO_PFN:
                 fits = False
         if fits or order == 0:
-            pfn = alloc_folio(mem, area.nid, order)
+            pfn = alloc_folio(mem, vma, first, order)
             if pfn != NO_PFN:
                 mem.folios[pfn].page_flags |= PG_uptodate
                 zero_frames(mem, pfn, nr_pages)
@@ -235,7 +240,7 @@ def do_file_fault(mem, vma, address, write):
 def cow_page(mem, vma, address, old_page):
     """Map a private copy of one page (wp_page_copy()); what was mapped there goes. ``old_page`` NO_PFN: zeros."""
     area = mem.vmas[vma]
-    pfn = alloc_folio(mem, area.nid, np.int64(0))
+    pfn = alloc_folio(mem, vma, area.pgoff + (address - area.start >> PAGE_SHIFT), np.int64(0))
     if pfn == NO_PFN:
         return -ENOMEM
     if old_page == NO_PFN:
