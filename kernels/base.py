@@ -14,8 +14,8 @@ import numpy as np
 
 from offload.errors import InvalidInput
 
-__all__ = ("CopyPlan", "CopyBackend", "checked_plan", "DmaProvider", "DmaProviderChan", "DMA_IN_PROGRESS",
-           "DMA_TRANS_NOERROR", "DMA_TRANS_READ_FAILED", "DMA_TRANS_WRITE_FAILED", "DMA_TRANS_ABORTED",
+__all__ = ("CopyPlan", "CopyBackend", "checked_plan", "refuse_overlap", "DmaProvider", "DmaProviderChan",
+           "DMA_IN_PROGRESS", "DMA_TRANS_NOERROR", "DMA_TRANS_READ_FAILED", "DMA_TRANS_WRITE_FAILED", "DMA_TRANS_ABORTED",
            "FRAME_SHIFT", "FRAME_SIZE", "CACHE_LINE", "MAX_ORDER")
 
 FRAME_SHIFT = 12
@@ -212,6 +212,12 @@ def _addresses(what, base, frames, nr_frames, limit):
     return base + (frames << FRAME_SHIFT)
 
 
+def refuse_overlap(plan):
+    """InvalidInput if a destination of the plan shares a byte with another destination or with any source."""
+    nbytes = np.int64(FRAME_SIZE) << plan.order.astype(np.int64)
+    _refuse_overlap(plan.dst_base + (plan.dst << FRAME_SHIFT), plan.src_base + (plan.src << FRAME_SHIFT), nbytes)
+
+
 def _refuse_overlap(dst, src, nbytes):
     if not len(dst):
         return
@@ -221,6 +227,8 @@ def _refuse_overlap(dst, src, nbytes):
     clash = np.flatnonzero(start[1:] < end[:-1])
     if len(clash):
         _overlap("dst", by_start[clash[0]], "dst", by_start[clash[0] + 1])
+    if end[-1] <= src.min() or (src + nbytes).max() <= start[0]:
+        return                                      # the common case: two nodes
     # Destinations are disjoint now, so of those that start before a source ends, the last one ends last.
     last = np.searchsorted(start, src + nbytes, side="left") - 1
     clash = np.flatnonzero((last >= 0) & (end[last] > src))
