@@ -62,7 +62,7 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     # the arguments
     "mode", "reason", "target", "pf_memalloc", "batch_pages", "stop_mask", "time_copies",
     # where destinations come from, unless it is node ``target`` and no other: see TargetControl
-    "target_special", "nmask", "nmask_next", "interleave", "ilx",
+    "target_special", "nmask", "nmask_next", "interleave", "ilx", "own_free",
     # migrate_pages()
     "pages_at", "from_at", "rc", "total", "hang", "interrupted",
     # migrate_pages_sync(): its stage, and the counters as they were before it
@@ -120,6 +120,7 @@ class TargetControl:
     ``nid`` is tried first; None: the source's own node. ``nmask``: the nodes that an allocation may come from, in the
     order of ``nid``'s zonelist; empty: ``nid`` alone (__GFP_THISNODE). ``nmask_next``: those of a second attempt, if the
     first finds nothing. ``interleave``: nodes among which a page's index decides which is first, counted from index ``ilx``.
+    ``own_free``: instead of all this, compaction's own list of free blocks, to which unused destinations return.
     """
 
     nid: int | None
@@ -127,6 +128,7 @@ class TargetControl:
     nmask_next: tuple = ()
     interleave: tuple = ()
     ilx: int = 0
+    own_free: bool = False
 
 
 def call_records(nr, dtype):
@@ -146,7 +148,7 @@ def make_call(pfns, *, mode, reason, target, batch_pages, nr_pages):
     lists["first"] = np.cumsum((0, *sizes[:-1]))
     state = call_records(1, CALL_DTYPE)
     if isinstance(target, TargetControl):
-        state["target_special"], state["ilx"] = 1, target.ilx
+        state["target_special"], state["ilx"], state["own_free"] = 1, target.ilx, target.own_free
         for field in ("nmask", "nmask_next", "interleave"):
             state[field] = node_mask(getattr(target, field))
         target = NUMA_NO_NODE if target.nid is None else target.nid

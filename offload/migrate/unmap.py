@@ -13,6 +13,7 @@ from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_i
 from offload.mm.memmap import (
     NO_PFN, PG_ksm, PG_mlocked, PG_movable_ops, PG_private, PG_uptodate, PG_writeback, folio_trylock, folio_unlock,
 )
+from offload.mm.compaction import compaction_alloc, compaction_free
 from offload.mm.mempolicy import alloc_pages_nodemask, interleave_nid
 from offload.mm.node import alloc_pages_node, folio_put, node_stat_add_isolated
 from offload.mm.others import others_refuse_alloc, wait_for_lock, wait_for_writeback
@@ -65,6 +66,8 @@ def alloc_target_special(mem, call, src):
     order = np.int64(mem.folios[src].order)
     if mem.sys[0].alloc_fail_times and should_fail_alloc(mem, order):
         return np.int64(NO_PFN)
+    if c.own_free:
+        return compaction_alloc(mem, order)
     nid = c.target
     if c.interleave:
         nid = interleave_nid(mem, c.interleave, mem.folios[src].index - c.ilx >> order)
@@ -99,7 +102,10 @@ def migrate_folio_undo_dst(mem, call, dst, locked):
     mem.folios[dst].migrate_info = 0
     if locked:
         folio_unlock(mem, dst)
-    folio_put(mem, dst)
+    if call.state[0].own_free:
+        compaction_free(mem, dst)
+    else:
+        folio_put(mem, dst)
 
 
 @jit

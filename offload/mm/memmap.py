@@ -181,6 +181,8 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "thp_migration_success", "thp_migration_fail", "thp_migration_split",
     # target allocations of at least this order: so many more succeed, then so many fail (-1: all); 0: none is made to fail
     "alloc_fail_order", "alloc_fail_after", "alloc_fail_times",
+    # struct compact_control, while compaction runs (mm/compaction.py)
+    "cc_nid", "cc_freepages", "cc_nr_freepages", "cc_nr_migratepages", "cc_migrate_page", "cc_free_page",
 )], align=True)
 """What there is one of: switches, the per-CPU LRU batch's fill, vmstat counters (units as in the kernel)."""
 

@@ -165,6 +165,20 @@ def set_page_orders(mem, pfn, nr_pages, order):
         mem.orders[page] = order
 
 
+@jit_inline
+def prep_new_folio(mem, nid, pfn, order):
+    """Make a folio with one reference of a block that has been taken out of the free ones (post_alloc_hook())."""
+    folio = mem.folios[pfn]
+    folio.refcount = 1
+    folio.order = order
+    folio.nid = nid
+    if order:
+        folio.page_flags = PG_large_rmappable
+        set_page_orders(mem, pfn, 1 << order, order)
+    if mem.sys[0].poison:
+        poison_frames(mem, pfn, 1 << order)
+
+
 @jit
 def alloc_pages_node(mem, nid, order):
     """A new folio of ``order`` on node ``nid`` with one reference, or NO_PFN if the node has no such block.
@@ -175,15 +189,7 @@ def alloc_pages_node(mem, nid, order):
     pfn = take_block(mem, nid, order)
     if pfn == NO_PFN:
         return NO_PFN
-    folio = mem.folios[pfn]
-    folio.refcount = 1
-    folio.order = order
-    folio.nid = nid
-    if order:
-        folio.page_flags = PG_large_rmappable
-        set_page_orders(mem, pfn, 1 << order, order)
-    if mem.sys[0].poison:
-        poison_frames(mem, pfn, 1 << order)
+    prep_new_folio(mem, nid, pfn, order)
     return pfn
 
 
