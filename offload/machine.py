@@ -17,11 +17,15 @@ from offload.migrate.call import TargetControl
 from offload.migrate.pages import migrate_pages
 from offload.mm.frames import PLACEMENTS, Frames
 from offload.mm.memmap import (
-    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
-    MAPPING_SHMEM, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PLACE_HOST, PLACE_NOWHERE, SYS_DTYPE, VMA_DTYPE,
+    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE, MAPPING_SHMEM,
+    MAPPING_SWAP, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PG_movable_ops, PLACE_HOST, PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
     Memory, page_folio, records, unpack, zeros,
 )
 from offload.mm.fault import lookup_page
+from offload.mm.ksm import ksm_add_mapping, set_page_stable_node
+from offload.mm.movable_ops import (
+    TOLD_OWNER, alloc_movable_ops_pages, free_movable_ops_page, isolate_movable_ops_page, putback_movable_ops_page,
+)
 from offload.mm.node import (
     build_free_areas, folio_isolate_lru, folio_putback_lru, fragment_node, free_node, free_reserved_pages,
     lru_add_drain, node_stat_add_isolated,
@@ -33,7 +37,7 @@ from offload.syscalls import collect_folio_addresses, do_pages_move
 from offload.intrinsics import prefetch_record
 from offload.table import pack
 from offload.units import (
-    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_mode, parse_reason, parse_size,
+    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, RULE_SETS, format_size, parse_mode, parse_reason, parse_size,
 )
 
 __all__ = ("Machine", "MachineConfig", "NodeConfig")
@@ -64,14 +68,18 @@ class MachineConfig:
 
     ``batch_pages``: base pages at which migrate_pages() closes a batch (512 in mainline; the published results for
     2 MiB folios need 262144). ``copy_kernel``: "plain" or "stream", for the copies that the migration path makes itself.
-    ``thp_migration``: whether PMD entries can migrate. ``poison``: fill fresh frames with 0xAA (slow; a missing copy
+    ``kernel``: whose rules hold, "7.3" (released), "mm-next" (the linux-mm tree ahead of it) or "6.12".
+    ``thp_migration``: whether PMD entries can migrate. ``memory_tiering``: NUMA balancing between tiers is on; nodes with
+    CPUs are the upper one. ``poison``: fill fresh frames with 0xAA (slow; a missing copy
     shows).
     """
 
     nodes: tuple = (NodeConfig(), NodeConfig())
     batch_pages: int = NR_MAX_BATCHED_MIGRATION
     copy_kernel: str = "plain"
+    kernel: str = "7.3"
     thp_migration: bool = True
+    memory_tiering: bool = False
     poison: bool = False
 
     def __post_init__(self):
@@ -83,6 +91,8 @@ class MachineConfig:
             raise InvalidInput("nodes with and without bytes cannot be mixed; give all of them one placement")
         if not isinstance(self.batch_pages, int) or self.batch_pages < 1:
             raise InvalidInput(f"batch_pages {self.batch_pages!r} is not a number of base pages; mainline has 512")
+        if self.kernel not in RULE_SETS:
+            raise InvalidInput(f"kernel {self.kernel!r} is not a rule set; use one of: {', '.join(RULE_SETS)}")
         if self.copy_kernel not in KERNELS:
             raise InvalidInput(f"copy kernel {self.copy_kernel!r} is not known; use one of: {', '.join(KERNELS)}")
 
@@ -107,7 +117,9 @@ class Machine:
         self.config = config
         self.processes = []
         self._running = False
-        self._next_row = dict.fromkeys(("vmas", "anon_vmas", "avcs", "mappings", "mms", "others"), 1)
+        self._next_row = dict.fromkeys(("vmas", "anon_vmas", "avcs", "rmap_items", "mappings", "mms", "others"), 1)
+        self._owners = [None, None]                 # of movable_ops pages, by number; TOLD_OWNER is no object
+        self._next_swap_entry = 1
         self._free_rows = {"vmas": [], "avcs": [], "mms": []}
         self._held = {}
         self._build(config)
@@ -130,6 +142,7 @@ class Machine:
         sys.nr_nodes = len(nodes)
         sys.copy_kernel = KERNELS.index(config.copy_kernel)
         sys.poison, sys.thp_migration = config.poison, config.thp_migration
+        sys.rule_set, sys.memory_tiering = RULE_SETS[config.kernel], config.memory_tiering
         sys.nr_tables = 1
         try:
             folios, orders = records(pfn, FOLIO_DTYPE), zeros(pfn, np.uint8)
@@ -138,8 +151,10 @@ class Machine:
                               f"({format_size(pfn * FOLIO_DTYPE.itemsize)}) on this host; make the nodes smaller") from None
         self._set_mem(Memory(
             folios, orders, nodes, free_areas, free_bits, np.zeros(64 * PTRS, np.int64), records(8, MM_DTYPE),
-            records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE), records(8, MAPPING_DTYPE),
-            np.zeros(1, np.int64), records(1, OTHERS_DTYPE), np.zeros(LRU_BATCH_SIZE, np.int64), sys))
+            records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE),
+            records(1, RMAP_ITEM_DTYPE), records(8, MAPPING_DTYPE), np.zeros(1, np.int64),
+            np.zeros(MAX_PAGE_ORDER + 1, np.int64), records(1, OTHERS_DTYPE), np.zeros(1, np.int64),
+            np.zeros(LRU_BATCH_SIZE, np.int64), sys))
         for nid in range(len(nodes)):
             free_node(self.table, nid)
 
@@ -158,25 +173,93 @@ class Machine:
         self.processes.append(process)
         return process
 
-    def file(self, size, *, kind="file", aops="filemap"):
-        """A file of ``size`` bytes ("16M"), empty page cache. ``kind``: "file" or "shmem".
+    def file(self, size, *, kind="file", aops=None, inaccessible=False, busy_buffers=False):
+        """A file of ``size`` bytes ("16M"), empty page cache. ``kind``: "file", "shmem" or "secretmem".
 
-        ``aops``: its mapping's migrate callback, "filemap" (private data goes along) or "migrate_folio"; shmem has
-        migrate_folio always.
+        ``aops``: its mapping's migrate callback: "migrate_folio", "filemap" (the default of a file; private data goes along),
+        "buffer" or "buffer_norefs" (its buffers are locked meanwhile), "none" (dirty folios stay), "secretmem" (nothing moves).
+        ``inaccessible``: the mapping's contents are not for the CPU, and do not move. ``busy_buffers``: every folio has
+        buffers that a journal refers to, which "buffer_norefs" cannot move.
         """
         self.check_idle()
-        if kind not in ("file", "shmem"):
-            raise InvalidInput(f"kind {kind!r} of file is not supported; use 'file' or 'shmem'")
+        default = {"file": "filemap", "shmem": "migrate_folio", "secretmem": "secretmem"}
+        if kind not in default:
+            raise InvalidInput(f"kind {kind!r} of file is not known; use one of: {', '.join(default)}")
+        aops = aops or default[kind]
         if aops not in AOPS_NAMES:
-            raise NotSupported(f"aops {aops!r} is not supported yet; use one of: {', '.join(AOPS_NAMES)}")
+            raise InvalidInput(f"aops {aops!r} is not known; use one of: {', '.join(AOPS_NAMES)}")
+        if kind != "file" and aops != default[kind]:
+            raise InvalidInput(f"aops {aops!r} is not for {kind}; leave it out")
+        if busy_buffers and aops not in ("buffer", "buffer_norefs"):
+            raise InvalidInput(f"busy_buffers with aops {aops!r}: no buffers; use aops 'buffer' or 'buffer_norefs'")
         nr_pages = parse_size(size) // PAGE_SIZE
         mapping = self.new_row("mappings")
         row = self.mem.mappings[mapping]
-        row.kind = MAPPING_FILE if kind == "file" else MAPPING_SHMEM
-        row.aops = AOPS_NAMES["migrate_folio" if kind == "shmem" else aops]
+        row.kind = MAPPING_SHMEM if kind == "shmem" else MAPPING_FILE
+        row.aops, row.inaccessible, row.busy_buffers = AOPS_NAMES[aops], inaccessible, busy_buffers
         row.slots, row.nr_slots = len(self.mem.slots), nr_pages
         self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_pages, np.int64)))))
         return File(self, mapping, kind, nr_pages)
+
+    def swapon(self, size):
+        """Give the machine a swap space of ``size`` bytes ("16M"), once; its slots are all free."""
+        self.check_idle()
+        if self.mem.sys.swap_space[0]:
+            raise InvalidInput("there is a swap space already; a machine has one")
+        nr_slots = parse_size(size) // PAGE_SIZE + 1            # entry 0 is never used
+        mapping = self.new_row("mappings")
+        row = self.mem.mappings[mapping]
+        row.kind, row.aops = MAPPING_SWAP, AOPS_NAMES["migrate_folio"]
+        row.slots, row.nr_slots = len(self.mem.slots), nr_slots
+        self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_slots, np.int64)))))
+        self.mem.sys.swap_space = mapping
+
+    def alloc_swap_entries(self, nr):
+        """The first of ``nr`` consecutive swap entries that were never used. OutOfMemory if the swap space has no more."""
+        space = self.mem.mappings[self.mem.sys.swap_space[0]]
+        entry = self._next_swap_entry
+        if entry + nr > space.nr_slots:
+            raise OutOfMemory(f"no {nr} free entries in a swap space of {int(space.nr_slots) - 1}; swapon() a larger one")
+        self._next_swap_entry += nr
+        return entry
+
+    def make_ksm(self, pfn, places):
+        """Make an anonymous base page a KSM page; ``places``: (vma, address) of its mappings in one process each.
+
+        Processes forked from those are found through them. Its entries become read-only.
+        """
+        set_page_stable_node(self.table, pfn, self.new_row("anon_vmas"))
+        for vma, address in places:
+            item = self.new_row("rmap_items")
+            ksm_add_mapping(self.table, pfn, vma, address, item)
+
+    def movable_ops_pages(self, nid, owner=None, *, nr=1, order=0):
+        """Allocate ``nr`` movable_ops pages on a node: their pfns, int64. OutOfMemory, and none allocated, without room.
+
+        ``owner`` moves them: ``isolate_page(pfn)`` says whether a page may be isolated, ``migrate_page(dst, src, mode)``
+        copies it and returns 0 or a negative errno, ``putback_page(pfn)`` hears that it stayed; after success the owner
+        holds ``dst``. None: they can always be isolated, and moving does what ``Memory.others`` tells.
+        """
+        self.check_idle()
+        self.check_nid(nid)
+        number = TOLD_OWNER
+        if owner is not None:
+            if owner not in self._owners:
+                self._owners.append(owner)
+            number = self._owners.index(owner)
+        pfns = np.zeros(nr, np.int64)
+        got = alloc_movable_ops_pages(self.table, nid, order, number, pfns)
+        if got < nr:
+            for pfn in pfns[:got]:
+                free_movable_ops_page(self.table, pfn)
+            raise OutOfMemory(f"node {nid} has no room for {nr} pages of order {order}; make it larger")
+        return pfns
+
+    def tell(self, outcomes):
+        """Write outcomes told beforehand (0 or negative errnos) where Memory.others can point: (first, how many)."""
+        first = len(self.mem.scripts)
+        self._set_mem(self.mem._replace(scripts=np.concatenate((self.mem.scripts, np.array(outcomes, np.int64)))))
+        return first, len(outcomes)
 
     # --- migration --------------------------------------------------------------------------------------------
 
@@ -222,7 +305,7 @@ class Machine:
         try:
             result = migrate_pages(self.mem, self.table, self.offload, folios, mode=mode, reason=reason, target=nid,
                                    batch_pages=self.config.batch_pages, pf_memalloc=pf_memalloc, events=events,
-                                   time_copies=time_copies)
+                                   time_copies=time_copies, owners=self._owners)
         except BaseException as error:
             result = getattr(error, "result", None)
             raise
@@ -252,15 +335,34 @@ class Machine:
         if folios.ndim != 1 or len(folios) and not FIRST_PFN <= folios.min() <= folios.max() < len(self.mem.folios):
             raise InvalidInput(f"folios are no list of pfns of this machine ({FIRST_PFN} to {len(self.mem.folios) - 1})")
         self.lru_add_drain()
-        nr = isolate_folios(self.table, folios)
+        nr = self._isolate_owned(folios)
+        nr = isolate_folios(self.table, folios[:nr])
         if nr < len(folios):
-            putback_folios(self.table, folios[:nr])
+            self.putback(folios[:nr])
             raise InvalidInput(f"folio {folios[nr]} cannot be isolated: it is on no LRU (free, named twice, or a tail page)")
         return folios
 
+    def _owned(self, folios):
+        """(owner, pfn) of those folios that a Python owner moves."""
+        if len(self._owners) <= TOLD_OWNER + 1:
+            return []
+        row = self.mem.folios[folios]
+        owned = np.flatnonzero((row.page_flags & PG_movable_ops != 0) & (row.private > TOLD_OWNER))
+        return [(i, self._owners[row.private[i]], int(folios[i])) for i in owned]
+
+    def _isolate_owned(self, folios):
+        """Ask owners for their pages; how many folios there are before the first that an owner does not give."""
+        for i, owner, pfn in self._owned(folios):
+            if not owner.isolate_page(pfn):
+                return i
+        return len(folios)
+
     def putback(self, folios):
-        """Give isolated folios back to their LRU (putback_movable_pages())."""
-        putback_folios(self.table, np.ascontiguousarray(folios, np.int64))
+        """Give isolated folios back to their LRU, or to their owner (putback_movable_pages())."""
+        folios = np.ascontiguousarray(folios, np.int64)
+        for _, owner, pfn in self._owned(folios):
+            owner.putback_page(pfn)
+        putback_folios(self.table, folios)
 
     def lru_add_drain(self):
         """Empty the per-CPU LRU batch, so that no folio is held by it."""
@@ -469,7 +571,13 @@ def isolate_folios(mem_table, pfns):
     for i in range(len(pfns)):
         if i + 16 < len(pfns):
             prefetch_record(mem.folios, pfns[i + 16])
-        if mem.folios[pfns[i]].refcount == 0 or not folio_isolate_lru(mem, pfns[i]):
+        if mem.folios[pfns[i]].refcount == 0:
+            return i
+        if mem.folios[pfns[i]].page_flags & PG_movable_ops:
+            if not isolate_movable_ops_page(mem, pfns[i]):
+                return i
+            continue
+        if not folio_isolate_lru(mem, pfns[i]):
             return i
         node_stat_add_isolated(mem, pfns[i], 1)
     return len(pfns)
@@ -479,7 +587,10 @@ def isolate_folios(mem_table, pfns):
 def putback_folios(mem_table, pfns):
     mem = unpack(mem_table)
     for i in range(len(pfns)):
-        folio_putback_lru(mem, pfns[i])
+        if mem.folios[pfns[i]].page_flags & PG_movable_ops:
+            putback_movable_ops_page(mem, pfns[i])
+        else:
+            folio_putback_lru(mem, pfns[i])
 
 
 @jit_entry

@@ -14,16 +14,18 @@ import numpy as np
 from offload.errors import OutOfMemory
 from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
+from offload.mm.address_space import add_to_swap_cache, truncate_folio
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, MAPPING_SHMEM, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active,
-    PG_dirty, PG_locked, PG_mlocked, PG_private, PG_referenced, PG_swapcache, PG_uptodate, PG_workingset, PG_writeback,
+    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active,
+    PG_dirty, PG_hwpoison, PG_locked, PG_mlocked, PG_private, PG_referenced, PG_swapcache, PG_uptodate, PG_workingset, PG_writeback,
 )
+from offload.mm.movable_ops import free_movable_ops_page
 from offload.mm.node import GUP_PIN_COUNTING_BIAS
-from offload.mm.pagetable import PTE_DIRTY, PTE_MIGRATION, PTE_SPECIAL, PTE_WRITE
+from offload.mm.pagetable import PTE_DIRTY, PTE_HWPOISON, PTE_MIGRATION, PTE_SPECIAL, PTE_WRITE
 from offload.scenario_format import DEFAULT_NODES, Fault, expand, folio_order, shown
 from offload.scenario_machine import change_entries, make_machine, not_supported, page_entries, zap
 from offload.scenario_trace import Steps
-from offload.units import PAGE_SHIFT, PAGE_SIZE
+from offload.units import PAGE_SHIFT, PAGE_SIZE, errno_value
 
 __all__ = ("FolioLevel", "check_folio_level")
 
@@ -35,36 +37,29 @@ ALLOC_WORDS = {"ok": ALLOC_OK, "fail": ALLOC_FAIL, "fail_all": ALLOC_FAIL_ALL}
 def check_folio_level(scenario):
     """NotSupported for the first kind or feature of a checked scenario that this version leaves out."""
     for i, one in enumerate(scenario["folios"]):
-        check_folio_supported(one, f"folios[{i}]", scenario.get("kernel", "7.3"))
+        check_folio_supported(one, f"folios[{i}]")
     nodes = scenario.get("machine", {}).get("nodes", DEFAULT_NODES)
     for i, call in enumerate(scenario["calls"]):
         if nodes[call.get("target", 1)]["pages"] == 0:
             not_supported(f"calls[{i}].target", call.get("target", 1), "a target needs memory: name another node")
 
 
-def check_folio_supported(one, field, kernel):
+def check_folio_supported(one, field):
     kind = one.get("kind", "anon")
-    if kind not in ("anon", "file", "shmem"):
-        not_supported(f"{field}.kind", kind, "use one of: anon, file, shmem")
+    if kind == "hugetlb":
+        not_supported(f"{field}.kind", kind, "use another kind")
+    for key in ("callback", "split"):
+        for i, outcome in enumerate(one.get(key, ())):
+            if outcome != "ok" and errno_value(outcome) is None:
+                raise Fault(f"{field}.{key}[{i}]", f"{outcome} is no errno of Linux", "correct it")
+    if kind == "ksm" and folio_order(one):
+        raise Fault(f"{field}.order", f"{shown(one['order'])}: KSM merges base pages only", "use order 0")
     aops = one.get("aops", "migrate_folio" if kind == "shmem" else "filemap")
-    if aops not in ("migrate_folio", "filemap") or kind == "shmem" and aops != "migrate_folio":
-        not_supported(f"{field}.aops", aops, "use filemap or migrate_folio")
-    for key, plain in (("inaccessible", False), ("swapcache", False), ("hwpoison", "no"), ("split", None), ("callback", None)):
-        if one.get(key, plain) != plain:
-            not_supported(f"{field}.{key}", one[key])
-    if one.get("private", "no") != "no" or one.get("truncated"):
-        key = "truncated" if one.get("truncated") else "private"
-        if folio_order(one):
-            not_supported(f"{field}.{key}", one[key], "use order 0")
-        if one.get("truncated") and one.get("private") == "unreleasable":
-            not_supported(f"{field}.private", one["private"], "use releasable")
-        if aops == "migrate_folio" and not one.get("truncated"):
-            raise Fault(f"{field}.private", f"{shown(one['private'])}: migrate_folio() has no way to take private data along",
-                        "use aops filemap")
-    if kernel == "mm-next" and one.get("copy_error"):
-        not_supported("kernel", kernel, "with copy_error use 7.3")
-    if kernel == "6.12" and folio_order(one):
-        not_supported("kernel", kernel, "with large folios use 7.3")
+    if kind == "shmem" and aops != "migrate_folio":
+        raise Fault(f"{field}.aops", f"{shown(aops)}: shmem has migrate_folio always", "remove it")
+    if one.get("private", "no") != "no" and aops == "migrate_folio" and not one.get("truncated"):
+        raise Fault(f"{field}.private", f"{shown(one['private'])}: migrate_folio() has no way to take private data along",
+                    "use aops filemap")
 
 
 @dataclasses.dataclass
@@ -96,6 +91,9 @@ class FolioLevel:
 
     def build(self):
         machine = self.machine
+        entries = sum((1 << folio_order(one)) * one.get("count", 1) for one in self.scenario["folios"] if one.get("swapcache"))
+        if entries:
+            machine.swapon(entries * PAGE_SIZE)
         families = {}                               # number of mappings -> the processes that share them
         for i, given in enumerate(self.scenario["folios"]):
             families.setdefault(max(self.maps(given), 1), []).append(i)
@@ -105,7 +103,8 @@ class FolioLevel:
             places = [(i, *self.fault_in(parent, self.scenario["folios"][i], i)) for i in entries]
             processes = [parent] + [parent.fork() for _ in range(maps - 1)]
             for i, address, pfns in places:
-                stretches[i] = self.scenario["folios"][i], pfns, [(process, address) for process in processes]
+                given = self.scenario["folios"][i]
+                stretches[i] = given, pfns, [(process, address) for process in processes if address]
         first_page = 0
         pfns = []
         for i, (given, heads, mappings) in sorted(stretches.items()):
@@ -127,19 +126,25 @@ class FolioLevel:
 
     @staticmethod
     def maps(given):
-        return given.get("maps", 0 if given.get("freed") or given.get("truncated") else 1)
+        return given.get("maps", 0 if given.get("freed") or given.get("truncated") or given.get("kind") == "movable_ops" else 1)
 
     def fault_in(self, process, given, i):
-        """Fault the folios of one entry in: (address, their head pfns)."""
+        """Fault the folios of one entry in: (address, their head pfns). What is mapped nowhere by nature has address 0."""
         order, nid = folio_order(given), given.get("node", 0)
         nr = given.get("count", 1)
         length = nr * PAGE_SIZE << order
+        if given.get("kind") == "movable_ops":
+            try:
+                return 0, self.machine.movable_ops_pages(nid, nr=nr, order=order)
+            except OutOfMemory:
+                raise Fault(f"folios[{i}]", f"node {nid} has no room for it", "give the node more pages") from None
         where = {"order": order, "nid": nid, "prot": "rw", "mlock": given.get("mlocked", False)}
         try:
-            if given.get("kind", "anon") == "anon":
+            if given.get("kind", "anon") in ("anon", "ksm"):
                 address = process.mmap(length, **where)
             else:
-                file = self.machine.file(length, kind=given["kind"], aops=given.get("aops", "filemap"))
+                file = self.machine.file(length, kind=given["kind"], aops=given.get("aops"),
+                                         inaccessible=given.get("inaccessible", False))
                 # One page off, a file's largest folios are mapped by PTEs, as the format has it.
                 address = process._free_range(length + PAGE_SIZE, PAGE_SIZE << order) + PAGE_SIZE
                 process.mmap(length, file=file, shared=True, address=address, **where)
@@ -172,6 +177,10 @@ class FolioLevel:
             if gone:
                 for k in range(len(heads)):
                     zap(machine, process, address + (k + 1 << order) * PAGE_SIZE - gone * PAGE_SIZE, gone)
+        if given.get("kind") == "ksm":
+            process, address = mappings[0]
+            for i, head in enumerate(heads.tolist()):
+                machine.make_ksm(head, [(process._vma_at(address), address + i * PAGE_SIZE)])
         return Stretch(given, expand(given), order, first_page, holder, mapped, contents, mappings)
 
     def bring_into_state(self, stretch, heads):
@@ -185,8 +194,14 @@ class FolioLevel:
         for head in heads.tolist():
             folio = mem.folios[head]
             kind = given.get("kind", "anon")
-            if kind != "anon" and (given.get("freed") or given.get("truncated")):
-                self.truncate(head)
+            if given.get("freed") and kind == "movable_ops":
+                free_movable_ops_page(machine.table, head)
+            elif kind in ("file", "shmem") and (given.get("freed") or given.get("truncated")):
+                truncate_folio(machine.table, head)
+            if given.get("swapcache"):
+                add_to_swap_cache(machine.table, head, machine.alloc_swap_entries(1 << stretch.order))
+            if given.get("hwpoison") == "before":
+                folio.page_flags |= PG_hwpoison
             for key, bit in (("dirty", PG_dirty), ("referenced", PG_referenced), ("active", PG_active),
                              ("workingset", PG_workingset)):
                 if given.get(key):
@@ -208,29 +223,17 @@ class FolioLevel:
                 folio.refcount += 1 if stretch.order else GUP_PIN_COUNTING_BIAS
             self.surround(head, given)
 
-    def truncate(self, head):
-        """Take a folio that is mapped nowhere out of its page cache (truncate_inode_folio())."""
-        mem = self.machine.mem
-        folio = mem.folios[head]
-        space = mem.mappings[folio.mapping]
-        nr_pages = 1 << int(folio.order)
-        slots = int(space.slots + folio.index)
-        mem.slots[slots:slots + nr_pages] = 0
-        space.nrpages -= nr_pages
-        node = mem.nodes[folio.nid]
-        node.nr_file_pages -= nr_pages
-        if space.kind == MAPPING_SHMEM:
-            node.nr_shmem -= nr_pages
-        folio.refcount -= nr_pages
-        folio.mapping = 0
-        folio.index = 0
-
     def surround(self, head, given):
         """The folio's row of Memory.others, if others do anything to it."""
         fields = {
             "lock": OTHERS_WORDS[given.get("locked", "no")], "writeback": OTHERS_WORDS[given.get("writeback", "no")],
             "refs": given.get("extra_refs", 0), "alloc": ALLOC_WORDS[given.get("alloc", "ok")],
-            "copy_error": given.get("copy_error", False)}
+            "copy_error": given.get("copy_error", False), "unreleasable": given.get("private") == "unreleasable",
+            "poisoned_after_unmap": given.get("hwpoison") == "after_unmap"}
+        for key in ("callback", "split"):
+            if key in given:
+                fields[key], fields[key + "_left"] = self.machine.tell(
+                    [0 if outcome == "ok" else -errno_value(outcome) for outcome in given[key]])
         if not any(fields.values()):
             return
         row = self.machine.new_row("others")        # may replace the array: mem is looked up again below
@@ -340,7 +343,7 @@ class FolioLevel:
             migrating = np.zeros(len(stretch.holder), bool)
             for process, address in stretch.mappings:
                 entries = page_entries(self.machine, process.mm, address, len(stretch.holder))
-                migrating |= entries & PTE_MIGRATION != 0
+                migrating |= entries & (PTE_MIGRATION | PTE_HWPOISON) != 0
             i = 0
             while i < len(stretch.holder):
                 pfn = int(stretch.holder[i])
@@ -367,11 +370,12 @@ class FolioLevel:
                 if not np.array_equal(machine.frames.view(int(stretch.holder[i]), 1)[0], stretch.contents[i]):
                     return False
             zeros = ~stretch.contents.any(axis=1)
-            anon = stretch.given.get("kind", "anon") == "anon"
+            anon = stretch.given.get("kind", "anon") in ("anon", "ksm")
             for process, address in stretch.mappings:
                 entries = page_entries(machine, process.mm, address, len(stretch.holder))
                 right = alive & (entries >> PAGE_SHIFT == stretch.holder) & (entries & PTE_SPECIAL == 0)
-                right |= (entries & PTE_SPECIAL != 0) & zeros
+                right |= (entries & PTE_SPECIAL != 0) & zeros & (entries & PTE_HWPOISON == 0)
+                right |= entries & PTE_HWPOISON != 0        # what stood there is gone, and whoever reads it is told so
                 if not anon:
                     right |= entries == 0           # pieces of a split file folio: faulted in again when used
                 if not right[stretch.mapped].all():

@@ -62,7 +62,7 @@ def make_machine(scenario):
     given = scenario.get("machine", {})
     nodes = tuple(NodeConfig(node["pages"], node.get("cpus", True)) for node in given.get("nodes", DEFAULT_NODES))
     try:
-        machine = Machine(MachineConfig(nodes=nodes, batch_pages=given.get("batch_pages", NR_MAX_BATCHED_MIGRATION),
+        machine = Machine(MachineConfig(nodes=nodes, kernel=scenario.get("kernel", "7.3"), batch_pages=given.get("batch_pages", NR_MAX_BATCHED_MIGRATION),
                                         thp_migration=given.get("thp_migration", True), poison=True))
     except (InvalidInput, OutOfMemory) as error:
         raise Fault("machine", str(error), "correct it") from None

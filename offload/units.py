@@ -9,6 +9,7 @@ its head page and has ``1 << order`` base pages. Times are integer nanoseconds, 
 """
 
 import enum
+import errno
 import re
 
 from offload.errors import InvalidInput
@@ -19,10 +20,11 @@ __all__ = (
     "NR_MAX_BATCHED_MIGRATION", "NR_MAX_MIGRATE_PAGES_RETRY", "NR_MAX_MIGRATE_ASYNC_RETRY",
     "NR_MAX_MIGRATE_SYNC_RETRY",
     "EPERM", "ENOENT", "ESRCH", "EINTR", "EIO", "EAGAIN", "ENOMEM", "EACCES", "EFAULT", "EBUSY", "ENODEV",
-    "EINVAL", "ENOSYS", "EOPNOTSUPP", "ETIMEDOUT", "EHWPOISON", "errno_name",
+    "EINVAL", "ENOSYS", "EOPNOTSUPP", "ETIMEDOUT", "EHWPOISON", "errno_name", "errno_value",
     "MigrateMode", "MIGRATE_ASYNC", "MIGRATE_SYNC_LIGHT", "MIGRATE_SYNC",
     "MigrateReason", "MR_COMPACTION", "MR_MEMORY_FAILURE", "MR_MEMORY_HOTPLUG", "MR_SYSCALL",
     "MR_MEMPOLICY_MBIND", "MR_NUMA_MISPLACED", "MR_CONTIG_RANGE", "MR_LONGTERM_PIN", "MR_DEMOTION", "MR_DAMON",
+    "RULES_6_12", "RULES_7_3", "RULES_MM_NEXT", "RULE_SETS",
     "parse_size", "format_size", "parse_mode", "parse_reason",
 )
 
@@ -43,6 +45,10 @@ NR_MAX_MIGRATE_PAGES_RETRY = 10
 NR_MAX_MIGRATE_ASYNC_RETRY = 3
 NR_MAX_MIGRATE_SYNC_RETRY = NR_MAX_MIGRATE_PAGES_RETRY - NR_MAX_MIGRATE_ASYNC_RETRY
 
+RULES_6_12, RULES_7_3, RULES_MM_NEXT = 1, 2, 3
+RULE_SETS = {"6.12": RULES_6_12, "7.3": RULES_7_3, "mm-next": RULES_MM_NEXT}
+"""Kernels whose rules the path follows, oldest first: 6.12.117, 7.3.4, and the linux-mm tree of about 7.3-rc5."""
+
 # The kernel's errno values, which are also this host's on every Linux we run on except for the names some
 # Python builds lack. Inside the core a failure is the negative value.
 EPERM, ENOENT, ESRCH, EINTR, EIO = 1, 2, 3, 4, 5
@@ -56,6 +62,11 @@ _ERRNO_NAMES = {value: name for name, value in list(globals().items())
 def errno_name(value):
     """The name of an errno, given with either sign: ``errno_name(-11) == "EAGAIN"``."""
     return _ERRNO_NAMES.get(abs(value), f"errno {abs(value)}")
+
+
+def errno_value(name):
+    """The number of an errno name, or None: ``errno_value("EAGAIN") == 11``."""
+    return {known: value for value, known in _ERRNO_NAMES.items()}.get(name, getattr(errno, name, None))
 
 
 class MigrateMode(enum.IntEnum):

@@ -390,7 +390,8 @@ class TestFiles:
 
     @pytest.mark.parametrize("wrong, error", [
         ({"size": 0}, InvalidInput), ({"size": "5K"}, InvalidInput), ({"kind": "hugetlb"}, InvalidInput),
-        ({"aops": "buffer"}, NotSupported)])
+        ({"aops": "btrfs"}, InvalidInput), ({"kind": "shmem", "aops": "filemap"}, InvalidInput),
+        ({"busy_buffers": True}, InvalidInput)])
     def test_refused(self, world, wrong, error):
         with pytest.raises(error):
             world.machine.file(**{"size": "4K", **wrong})

@@ -5,9 +5,13 @@ import pytest
 
 from conftest import World
 from offload.errors import BrokenInvariant
-from offload.mm.memmap import PG_deferred_list, PG_dirty, PG_locked, PG_lru, PG_mlocked, PG_unevictable
+from offload.mm.address_space import add_to_swap_cache
+from offload.mm.memmap import (
+    PG_deferred_list, PG_dirty, PG_hwpoison, PG_locked, PG_lru, PG_mlocked, PG_movable_ops_isolated, PG_private, PG_swapcache,
+    PG_unevictable,
+)
 from offload.mm.node import NR_ORDERS
-from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, PTRS
+from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTRS
 from offload.units import PAGE_SHIFT, PAGE_SIZE
 
 
@@ -22,6 +26,13 @@ def books():
     world.file_address, world.cached = world.map(2, 2, file=world.file, shared=True)
     world.map(1, 2, file=world.machine.file("16K", kind="shmem"), shared=True)
     world.map(1, 2, mlock=True)
+    world.ksm_address, (world.ksm,) = world.map(1)
+    world.machine.make_ksm(world.ksm, [(world.process._vma_at(world.ksm_address), world.ksm_address)])
+    world.machine.swapon("64K")
+    world.swap_address, (world.swapped,) = world.map(1, 2)
+    world.entry = world.machine.alloc_swap_entries(4)
+    add_to_swap_cache(world.machine.table, world.swapped, world.entry)
+    world.owned = world.machine.movable_ops_pages(1)[0]
     world.machine.fragment(1, 2)
     world.machine.lru_add_drain()
     world.check()
@@ -205,13 +216,91 @@ class TestPageCache:
         assert "slots" in broken(books, 3)
 
 
+class TestSwapCache:
+    """A folio in the swap cache has its slots, and they have it."""
+
+    def slot(self, books, i):
+        mem = books.machine.mem
+        return int(mem.mappings.slots[mem.sys.swap_space[0]]) + books.entry + i
+
+    def test_an_empty_slot(self, books):
+        books.machine.mem.slots[self.slot(books, 2)] = 0
+        assert "swap entries" in broken(books, books.entry + 2)
+
+    def test_another_folio(self, books):
+        books.machine.mem.slots[self.slot(books, 2)] = books.small[0]
+        assert "swap entries" in broken(books, books.entry + 2)
+
+    def test_a_slot_that_nobody_has(self, books):
+        books.machine.mem.slots[self.slot(books, 5)] = books.swapped
+        assert "swap entries" in broken(books, books.entry + 5)
+
+    def test_the_wrong_entry(self, books):
+        books.folios.private[books.swapped] += 1
+        assert "swap entries" in broken(books, books.entry)
+
+    def test_count(self, books):
+        books.machine.mem.mappings.nrpages[books.machine.mem.sys.swap_space[0]] += 1
+        assert "nrpages" in broken(books)
+
+    def test_references(self, books):
+        books.folios.page_flags[books.swapped] &= ~PG_swapcache
+        assert "refcount" in broken(books, books.swapped)
+
+
+class TestKsm:
+    """A KSM page is mapped read-only where its stable node says."""
+
+    def test_stable_node(self, books):
+        books.machine.mem.anon_vmas.kpfn[-books.folios.mapping[books.ksm]] = books.small[0]
+        assert "stable node" in broken(books, books.ksm)
+
+    @pytest.mark.parametrize("bit", [PTE_WRITE, PTE_EXCLUSIVE])
+    def test_writable(self, books, bit):
+        books.machine.mem.tables[entry_of(books, books.ksm_address)] |= bit
+        assert "KSM" in broken(books, books.ksm)
+
+    def test_unknown_mapping(self, books):
+        books.machine.mem.rmap_items.address[1] += PAGE_SIZE
+        assert "KSM" in broken(books, books.ksm)
+
+
+class TestOwners:
+    """A movable_ops page has its owner's reference, and the isolation's with the mark."""
+
+    def test_an_owner_that_let_go(self, books):
+        books.folios.private[books.owned] = 0
+        assert "refcount" in broken(books, books.owned)
+
+    def test_the_mark(self, books):
+        books.folios.page_flags[books.owned] |= PG_movable_ops_isolated
+        assert "refcount" in broken(books, books.owned)
+
+    def test_private_data(self, books):
+        books.folios.page_flags[books.cached[0]] |= PG_private
+        assert "refcount" in broken(books, books.cached[0])
+
+
+class TestPoison:
+    """Bad pages are out of the allocator, and only they have hwpoison entries."""
+
+    def test_a_bad_page_among_the_free(self, books):
+        books.folios.page_flags[FREE] |= PG_hwpoison
+        assert "exactly one place" in broken(books, FREE)
+
+    def test_an_entry_for_a_good_page(self, books):
+        books.machine.mem.tables[entry_of(books, books.address)] = int(books.small[0]) << PAGE_SHIFT | PTE_HWPOISON | PTE_SPECIAL
+        assert "hwpoison" in broken(books, books.small[0])
+
+
 class TestNodeCounters:
     """The counters of a node are sums over its folios."""
 
     @pytest.mark.parametrize("nid", [0, 1])
     @pytest.mark.parametrize("counter", [
         "nr_isolated_anon", "nr_isolated_file", "nr_lru_anon", "nr_lru_file", "nr_unevictable", "nr_anon_mapped",
-        "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_file_dirty", "nr_mlock", "nr_deferred_split"])
+        "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_shmem_thps", "nr_swapcache", "nr_file_dirty", "nr_mlock",
+        "nr_deferred_split"])
     def test_counter(self, books, counter, nid):
         books.machine.mem.nodes[counter][nid] += 1
         message = broken(books)
@@ -223,3 +312,7 @@ class TestNodeCounters:
     def test_flag_without_its_counter(self, books, flag, counter, which):
         books.folios.page_flags[np.atleast_1d(getattr(books, which))[0]] |= flag
         assert counter in broken(books)
+
+    def test_large_anonymous_folios(self, books):
+        books.machine.mem.mthp_nr_anon[3] += 1
+        assert "order 3" in broken(books)

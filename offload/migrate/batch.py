@@ -44,7 +44,7 @@ from offload.mm.others import others_after_failed_move, others_at_batch_copy, ot
 from offload.mm.pagetable import prefetch_entry
 from offload.units import (
     EAGAIN, ENOMEM, HPAGE_PMD_ORDER, MIGRATE_ASYNC, MR_LONGTERM_PIN, MR_NUMA_MISPLACED, NR_MAX_MIGRATE_ASYNC_RETRY,
-    NR_MAX_MIGRATE_SYNC_RETRY, PAGE_SHIFT,
+    NR_MAX_MIGRATE_SYNC_RETRY, PAGE_SHIFT, RULES_6_12,
 )
 
 __all__ = ("batch_begin", "migrate_pages_batch", "sync_begin", "migrate_pages_sync")
@@ -238,8 +238,8 @@ def unmap_one(mem, call, src):
             c.nr_failed_pages += nr_pages
             list_add_tail(call, c.batch_ret, src)
         return False
-    # (c) only our reference is left: somebody freed it under us
-    if folio.page_flags & PG_movable_ops == 0 and folio.refcount == 1:
+    # (c) only our reference is left: somebody freed it under us (6.12 takes movable_ops pages for such, too)
+    if folio.refcount == 1 and (folio.page_flags & PG_movable_ops == 0 or mem.sys[0].rule_set == RULES_6_12):
         folio.page_flags &= ~(PG_active | PG_unevictable)
         migrate_folio_done(mem, src, c.reason)
         c.nr_succeeded += nr_pages
@@ -356,7 +356,6 @@ def move_phase(mem, call):
                 call.pair_src[row] = 0
                 c.nr_succeeded += nr_pages
                 c.nr_thp_succeeded += thp
-                c.moved_with_copy += 1
                 c.moved_bytes += nr_pages << PAGE_SHIFT
                 if step_after(call, STEP_MOVED, call.pair_dst[row]):
                     return STOP_STEP

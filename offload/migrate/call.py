@@ -25,6 +25,7 @@ __all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "TargetControl", "make_call", "un
 DONE = 0
 STOP_OFFLOAD_COPY = 1       # the batch list is unmapped and flushed: somebody at the hatch must copy it
 STOP_STEP = 2               # an event is wanted at step ``step`` of folio ``step_folio``
+STOP_CALLBACK = 3           # the owner of movable_ops page ``callback_src`` must move it to ``callback_dst``
 
 # --- the steps between which events can be placed; bits of ``stop_mask`` --------------------------------------
 
@@ -73,6 +74,8 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     "offload", "retry", "thp_retry", "retry_pages", "failed", "saved", "batch_rc",
     # the folio in hand: migrate_folio_unmap(), migrate_folio_move()
     "dst", "since", "move_at", "old_page_state", "anon_vma", "was_queued", "was_partial",
+    # movable_ops: what Python is asked, and the answer
+    "callback_owner", "callback_src", "callback_dst", "callback_rc",
     # pairs of the current batch, see Call
     "nr_batch", "nr_single", "pair_size",
     # where an event is wanted

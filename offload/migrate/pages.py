@@ -15,11 +15,12 @@ from offload.intrinsics import read_clocks
 from offload.jit import jit, jit_entry
 from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
 from offload.migrate.call import (
-    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail, make_call, unpack_call,
+    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_CALLBACK, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
+    make_call, unpack_call,
 )
 from offload.mm.memmap import unpack
 from offload.table import pack
-from offload.units import MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
+from offload.units import EAGAIN, MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
 
 __all__ = ("migrate_pages", "MigrateResult", "Event")
 
@@ -200,11 +201,12 @@ class MigrateResult:
 
 
 def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_pages, pf_memalloc=False, events=(),
-                  time_copies=True):
+                  time_copies=True, owners=()):
     """Migrate isolated folios to ``target``, a node or a TargetControl; the MigrateResult. Does not put back what is left.
 
     ``pfns``: int64 heads of isolated, distinct folios, in list order. ``offload``: the CopyOffload. With
-    ``time_copies`` each copy made in the move phase is timed by two more clock readings.
+    ``time_copies`` each copy made in the move phase is timed by two more clock readings. ``owners`` of movable_ops pages, by
+    number.
 
     Whatever an event or a migrator raises is raised again, after the batch in hand has been finished without either
     and the rest was left untried: no folio stays unmapped and nothing is lost. WouldHang is raised likewise where the
@@ -230,6 +232,12 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
             if stop == STOP_OFFLOAD_COPY:
                 if error is None:
                     offload_copy(mem, call, int(state["nr_batch"][0]), frames, offload)
+            elif stop == STOP_CALLBACK:
+                state["callback_rc"] = -EAGAIN      # if it raises, or the call is only being finished
+                if error is None:
+                    owner = owners[int(state["callback_owner"][0])]
+                    state["callback_rc"] = call_owner(owner, *(int(state[name][0]) for name in ("callback_dst", "callback_src",
+                                                                                                "batch_mode")))
             elif stop == STOP_STEP:
                 run_events(events, int(state["step"][0]), int(state["step_folio"][0]))
         except BaseException as raised:             # KeyboardInterrupt too: first finish what is unmapped
@@ -254,6 +262,14 @@ def run_events(events, step, pfn):
     for event in events:
         if STEPS[event.step] == step and event.folio in (None, pfn):
             event.action(event.step, pfn)
+
+
+def call_owner(owner, dst, src, mode):
+    """The owner's migrate_page(): 0 or -errno. Anything else is the owner's fault, and InvalidInput."""
+    rc = owner.migrate_page(dst, src, MigrateMode(mode))
+    if isinstance(rc, bool) or not isinstance(rc, (int, np.integer)) or rc > 0:
+        raise InvalidInput(f"migrate_page() of {type(owner).__name__} returned {rc!r}; it returns 0 or a negative errno")
+    return rc
 
 
 def offload_copy(mem, call, nr, frames, offload):

@@ -1,8 +1,8 @@
 """Splitting a large folio into its base pages, when it cannot or must not migrate whole.
 
 Stands for try_split_folio() of mm/migrate.c and what split_folio_to_list() of mm/huge_memory.c does to a folio
-(v7.3): always uniformly, always to order 0. Leaves out minimum folio orders, truncation by the end of the file,
-private data and swap cache.
+(v7.3, and 6.12 where it differs): always uniformly, always to order 0. Leaves out minimum folio orders, the huge zero page
+and truncation by the end of the file.
 """
 
 import numpy as np
@@ -10,27 +10,30 @@ import numpy as np
 from offload.intrinsics import bytes_are_zero
 from offload.jit import jit
 from offload.migrate.call import list_add_tail
+from offload.mm.address_space import file_split_stat, fill_slots, filemap_release_folio
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_large_rmappable, PG_locked, PG_partially_mapped, PG_writeback,
-    VM_LOCKED, folio_expected_ref_count, folio_test_anon, folio_trylock, folio_unlock,
+    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_partially_mapped,
+    PG_movable_ops, PG_private, PG_swapcache, PG_writeback, PG_zone_device, VM_LOCKED, folio_expected_ref_count, folio_test_anon, folio_trylock, folio_unlock,
 )
-from offload.mm.node import folio_unqueue_deferred_split, set_page_orders
-from offload.mm.others import wait_for_lock
+from offload.mm.node import folio_maybe_dma_pinned, folio_unqueue_deferred_split, set_page_orders
+from offload.mm.others import NOT_TOLD, told_split, wait_for_lock
 from offload.mm.pagetable import (
     PTE_HUGE, ZERO_PAGE, pte_is_migration, pte_pfn, remove_migration_ptes, rmap_first, rmap_next, rmap_vma, split_pmd,
     try_to_migrate, try_to_unmap, vma_address, walk_pmd, walk_pte,
 )
-from offload.units import EAGAIN, EBUSY, MIGRATE_ASYNC, PAGE_SIZE
+from offload.units import EAGAIN, EBUSY, EINVAL, HPAGE_PMD_ORDER, MIGRATE_ASYNC, PAGE_SIZE, RULES_6_12
 
 __all__ = ("try_split_folio", "split_folio")
 
 
 @jit
 def try_split_folio(mem, call, src):
-    """Lock and split ``src``; its pieces go to the tail of the batch's split list, tails in order, the head last.
+    """Lock and split ``src``; its pieces go to the tail of the batch's split list, tails in order (in 6.12 in descending order),
+    the head last.
 
-    Returns 0, -EAGAIN or -EBUSY; after a failure nothing has changed. Each tail holds one reference for the list.
+    Returns 0, -EAGAIN, -EBUSY or -EINVAL; after a failure nothing has changed but that private data may be gone. Each tail
+    holds one reference for the list.
 
     Kernel: try_split_folio().
     """
@@ -42,29 +45,60 @@ def try_split_folio(mem, call, src):
             c.hang = src
             return -EAGAIN
     order = np.int64(mem.folios[src].order)
-    rc = split_folio(mem, src)
-    folio_unlock(mem, src)
+    rc = told_split(mem, src)
+    if rc >= 0:
+        rc = split_refusal(mem, src, rc != NOT_TOLD)
     if rc == 0:
-        for piece in range(src + 1, src + (1 << order)):
-            list_add_tail(call, c.batch_split, piece)
+        split_folio(mem, src)
+    folio_unlock(mem, src)
+    if order >= HPAGE_PMD_ORDER:
+        if rc == 0:
+            mem.sys[0].thp_split_page += 1
+        else:
+            mem.sys[0].thp_split_page_failed += 1
+    if rc == 0:
+        nr_pages = np.int64(1) << order
+        for i in range(1, nr_pages):
+            list_add_tail(call, c.batch_split, src + (nr_pages - i if mem.sys[0].rule_set == RULES_6_12 else i))
         list_add_tail(call, c.batch_split, src)
     return rc
 
 
 @jit
-def split_folio(mem, src):
-    """Split a locked, isolated folio to order 0. 0, -EBUSY (writeback, truncated, unmapped) or -EAGAIN (unexplained references).
+def split_refusal(mem, src, told_ok):
+    """Why a locked, isolated folio cannot be split: 0 (it can), or -errno. Private data is released on the way.
 
-    Anonymous pieces are mapped as before, but for pages of zeros, which the shared zero page replaces outside
-    mlocked vmas; pieces of a file are left unmapped. Kernel: __folio_split().
+    -EINVAL: device memory. -EBUSY: an owner's or a KSM page, writeback, truncated, no anon_vma (unmapped), private data that
+    stays. -EAGAIN: pins and other unexplained references. ``told_ok``: it was told beforehand that this attempt works, so only
+    what cannot be split at all is refused. Kernel: the checks of __folio_split(), in its order.
     """
     folio = mem.folios[src]
+    if folio.page_flags & PG_zone_device:
+        return np.int64(-EINVAL)
+    if folio.page_flags & (PG_movable_ops | PG_ksm):
+        return np.int64(-EBUSY)
+    if told_ok:
+        return np.int64(-EAGAIN if folio_maybe_dma_pinned(mem, src) else 0)
     if folio.page_flags & PG_writeback or folio.mapping == 0:
-        return -EBUSY
-    if folio_test_anon(mem, src) and folio.mapcount == 0:   # folio_get_anon_vma() vouches for mapped folios only
-        return -EBUSY
+        return np.int64(-EBUSY)
+    if folio_test_anon(mem, src):                   # folio_get_anon_vma() vouches for mapped folios only
+        if folio.mapcount == 0:
+            return np.int64(-EBUSY)
+    elif not filemap_release_folio(mem, src):
+        return np.int64(-EBUSY)
     if folio.refcount != folio_expected_ref_count(mem, src) + 1:
-        return -EAGAIN
+        return np.int64(-EAGAIN)
+    return np.int64(0)
+
+
+@jit
+def split_folio(mem, src):
+    """Split a locked, isolated folio to order 0. References that nothing explains, and private data, stay with the head.
+
+    Anonymous pieces are mapped as before, but for pages of zeros, which the shared zero page replaces outside
+    mlocked vmas; pieces of a file are left unmapped. Kernel: __folio_split(), __split_unmapped_folio().
+    """
+    folio = mem.folios[src]
     anon = folio_test_anon(mem, src)
     if anon:
         split_huge_pmds(mem, src)
@@ -74,31 +108,42 @@ def split_folio(mem, src):
     folio_unqueue_deferred_split(mem, src)
 
     nr_pages = np.int64(1) << folio.order
-    flags = folio.page_flags & ~(PG_locked | PG_large_rmappable | PG_deferred_list | PG_partially_mapped)
+    flags = folio.page_flags & ~(PG_locked | PG_large_rmappable | PG_deferred_list | PG_partially_mapped | PG_private)
+    head_flags = folio.page_flags & (PG_locked | PG_private | PG_hwpoison)      # the bad page of a folio is its first
+    caches = np.int64(folio.mapping > 0) + np.int64(folio.page_flags & PG_swapcache != 0)
+    head_refs = folio.refcount - caches * (nr_pages - 1)
+    private = folio.private
+    if anon:
+        mem.mthp_nr_anon[folio.order] -= 1
+    else:
+        file_split_stat(mem, src)
     refuses_pieces = mem.others[folio.others].alloc == ALLOC_FAIL_ALL
     if mem.others[folio.others].alloc == ALLOC_FAIL:    # the allocation failed for the folio whole, not for its head
         mem.others[folio.others].alloc = ALLOC_OK
     set_page_orders(mem, src, nr_pages, 0)
     for piece in range(src, src + nr_pages):
         page = mem.folios[piece]
-        page.page_flags = flags
+        page.page_flags = flags & ~PG_hwpoison
         page.order = 0
         page.nid = folio.nid
         page.mapping = folio.mapping
         page.index = folio.index + (piece - src)
+        page.cpupid = folio.cpupid
         page.mapcount = page.entire_mapcount = 0
         page.others = folio.others if piece == src or refuses_pieces else 0
-        page.refcount = 1                           # the list's
-        if not anon:
-            page.refcount += 1                      # the page cache's
-            mem.slots[mem.mappings[folio.mapping].slots + page.index] = piece
-    folio.page_flags |= PG_locked
+        page.refcount = np.int32(1 + caches)        # the list's, and those of page cache and swap cache
+        if folio.mapping > 0:
+            fill_slots(mem, np.int64(folio.mapping), np.int64(page.index), np.int64(1), piece)
+        if flags & PG_swapcache:
+            page.private = private + (piece - src)
+            fill_slots(mem, mem.sys[0].swap_space, np.int64(page.private), np.int64(1), piece)
+    folio.page_flags |= head_flags
+    folio.refcount = np.int32(head_refs)
 
     if anon:
         for piece in range(src, src + nr_pages):
             use_zero_page(mem, piece)
             remove_migration_ptes(mem, piece, piece)
-    return 0
 
 
 @jit

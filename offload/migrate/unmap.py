@@ -1,7 +1,7 @@
 """Phase 1 for one folio: a locked destination, and migration entries in place of its page-table entries.
 
 Stands for migrate_folio_unmap(), migrate_folio_undo_src(), migrate_folio_undo_dst() and migrate_folio_done() of
-mm/migrate.c (v7.3). Leaves out hwpoison entries and movable_ops pages.
+mm/migrate.c (v7.3, and where the rule sets differ 6.12 and mm-next).
 """
 
 import numpy as np
@@ -10,8 +10,9 @@ from offload.intrinsics import ticks
 from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.call import list_add_tail
 from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_info_record
+from offload.mm.address_space import filemap_release_folio
 from offload.mm.memmap import (
-    NO_PFN, PG_ksm, PG_mlocked, PG_movable_ops, PG_private, PG_uptodate, PG_writeback, folio_trylock, folio_unlock,
+    NO_PFN, PG_hwpoison, PG_ksm, PG_mlocked, PG_movable_ops, PG_private, PG_uptodate, PG_writeback, folio_trylock, folio_unlock,
 )
 from offload.mm.compaction import compaction_alloc, compaction_free
 from offload.mm.mempolicy import alloc_pages_nodemask, interleave_nid
@@ -19,7 +20,8 @@ from offload.mm.node import alloc_pages_node, folio_put, node_stat_add_isolated
 from offload.mm.others import others_refuse_alloc, wait_for_lock, wait_for_writeback
 from offload.mm.pagetable import remove_migration_ptes, try_to_migrate
 from offload.units import (
-    EAGAIN, EBUSY, ENOMEM, MIGRATE_ASYNC, MIGRATE_SYNC, MIGRATE_SYNC_LIGHT, MR_DEMOTION, MR_MEMORY_FAILURE, NUMA_NO_NODE,
+    EAGAIN, EBUSY, EHWPOISON, ENOMEM, MIGRATE_ASYNC, MIGRATE_SYNC, MIGRATE_SYNC_LIGHT, MR_DEMOTION, MR_MEMORY_FAILURE,
+    NUMA_NO_NODE, RULES_MM_NEXT,
 )
 
 __all__ = ("alloc_migration_target", "migrate_folio_unmap", "migrate_folio_undo_src", "migrate_folio_undo_dst",
@@ -128,6 +130,8 @@ def migrate_folio_done(mem, src, reason):
         node_stat_add_isolated(mem, src, -1)
     if reason != MR_MEMORY_FAILURE:
         folio_put(mem, src)
+    else:
+        mem.folios[src].migrate_info = 0
 
 
 @jit_once
@@ -135,19 +139,22 @@ def migrate_folio_unmap(mem, call, src):
     """Allocate and lock a destination for ``src``, lock ``src`` and replace its page-table entries.
 
     Returns 0 (both locked, ``src`` unmapped; the destination is in ``call.state.dst``), -EAGAIN (may do next
-    time: ``src`` stays where it is), -ENOMEM (no destination; ``src`` untouched) or -EBUSY (under writeback;
-    ``src`` is on ret). After a failure ``src`` is mapped and unlocked as before and no destination is left.
+    time: ``src`` stays where it is), -ENOMEM (no destination; ``src`` untouched), -EBUSY (under writeback; ``src`` is on
+    ret) or in mm-next -EHWPOISON (bad memory; likewise). After a failure ``src`` is mapped and unlocked as before and no destination is left.
 
     Kernel: migrate_folio_unmap(). A lock or writeback that never ends makes the kernel sleep for ever; here the
     attempt fails with -EAGAIN and ``hang`` names the folio.
     """
     c = call.state[0]
+    folio = mem.folios[src]
+    if folio.page_flags & PG_hwpoison and mem.sys[0].rule_set >= RULES_MM_NEXT:
+        list_add_tail(call, c.batch_ret, src)
+        return -EHWPOISON
     dst = alloc_migration_target(mem, call, src)
     if dst == NO_PFN:
         return -ENOMEM
     mem.folios[dst].migrate_info = 0
 
-    folio = mem.folios[src]
     rc = -EAGAIN
     locked = dst_locked = False
     old_page_state = 0
@@ -182,10 +189,8 @@ def migrate_folio_unmap(mem, call, src):
         dst_locked = folio_trylock(mem, dst)
         # 5. the mappings
         if folio.mapping == 0:
-            if folio.page_flags & PG_private:       # truncated: its buffers go, and the next attempt finds it freed
-                folio.page_flags &= ~PG_private
-                folio.private = 0
-                folio.refcount -= 1
+            if folio.page_flags & PG_private:       # truncated: once its buffers go, the next attempt finds it freed
+                filemap_release_folio(mem, src)     # try_to_free_buffers()
                 break
         elif folio.mapcount:
             old_page_state |= FOLIO_WAS_MAPPED

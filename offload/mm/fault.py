@@ -20,7 +20,7 @@ from offload.mm.memmap import (
 from offload.mm.mempolicy import alloc_pages_vma
 from offload.mm.node import alloc_pages_node, folio_add_lru, folio_put_refs, folio_maybe_dma_pinned
 from offload.mm.pagetable import (
-    PMD_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTE_YOUNG,
+    PMD_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTE_YOUNG,
     PTRS, ZERO_PAGE, add_rss, folio_add_rmap, folio_remove_rmap, free_table, pgtable_deposit, pgtable_withdraw, pte_pfn,
     set_pte, split_pmd, walk_alloc_pmd, walk_alloc_pte, walk_pmd, walk_pte,
 )
@@ -155,6 +155,8 @@ def new_anon_folio(mem, vma, start, pfn):
     nr_pages = np.int64(1) << folio.order
     folio.page_flags |= PG_uptodate | PG_swapbacked
     folio.mapping = -np.int32(area.anon_vma)
+    if folio.order:
+        mem.mthp_nr_anon[folio.order] += 1
     folio.index = area.pgoff + (start - area.start >> PAGE_SHIFT)
     bits = PTE_PRESENT | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE
     if area.vm_flags & VM_WRITE:
@@ -287,6 +289,8 @@ def handle_fault(mem, vma, address, write):
     entry, value, pfn = lookup_page(mem, area.mm, address)
     if value & PTE_MIGRATION:
         return -EAGAIN
+    if value & PTE_HWPOISON:                        # VM_FAULT_HWPOISON: SIGBUS
+        return -EFAULT
     if value == 0:
         if area.mapping:
             return do_file_fault(mem, vma, address, write)
@@ -304,7 +308,7 @@ def populate(mem_table, vma, start, end, write):
     address = start
     while address < end:
         entry, value, pfn = lookup_page(mem, mem.vmas[vma].mm, address)
-        if value == 0 or write and value & PTE_WRITE == 0:
+        if value & PTE_PRESENT == 0 or write and value & PTE_WRITE == 0:
             rc = handle_fault(mem, vma, address, write)
             if rc:
                 return address, rc

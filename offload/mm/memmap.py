@@ -10,6 +10,8 @@ Differences from the kernel, all on purpose:
   naturally aligned, so the head is ``pfn`` rounded down); tail pages have no record of their own;
 * AnonExclusive is a bit of the page-table entry, not of the page: an exclusive page has exactly one;
 * LRU lists are flags and counters; which folio is older is not kept;
+* a hardware-poisoned folio has its bad memory in its first page;
+* the stable node of a KSM page is a row of ``anon_vmas`` whose chain is empty;
 * one zone per node; no memory cgroups.
 
 Left out: MGLRU generations, page_owner, hugetlb pools, DAX and device memory.
@@ -30,7 +32,7 @@ from offload.units import MAX_PAGE_ORDER
 
 __all__ = (
     "FOLIO_DTYPE", "NODE_DTYPE", "FREE_AREA_DTYPE", "MM_DTYPE", "VMA_DTYPE", "ANON_VMA_DTYPE", "AVC_DTYPE",
-    "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "unpack",
+    "RMAP_ITEM_DTYPE", "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "unpack",
     "folio_test_anon", "folio_test_large", "page_folio", "folio_expected_ref_count", "folio_trylock",
     "folio_unlock", "folio_is_file_lru",
 )
@@ -68,6 +70,8 @@ PG_hugetlb = 1 << 22                # page type PGTY_hugetlb
 PG_movable_ops = 1 << 23            # page types PGTY_offline, PGTY_zsmalloc
 PG_ksm = 1 << 24                    # FOLIO_MAPPING_KSM in folio->mapping
 PG_reserved = 1 << 25
+PG_movable_ops_isolated = 1 << 26
+PG_zone_device = 1 << 27            # device memory that is neither private nor coherent: DAX
 
 # --- vma flags (include/linux/mm.h; values are ours) ----------------------------------------------------------
 
@@ -83,8 +87,10 @@ VM_DONTCOPY = 1 << 7
 # --- address spaces -------------------------------------------------------------------------------------------
 
 MAPPING_FILE, MAPPING_SHMEM, MAPPING_SWAP = 1, 2, 3
-AOPS_MIGRATE_FOLIO, AOPS_FILEMAP = 1, 2
-AOPS_NAMES = {"migrate_folio": AOPS_MIGRATE_FOLIO, "filemap": AOPS_FILEMAP}
+AOPS_MIGRATE_FOLIO, AOPS_FILEMAP, AOPS_BUFFER, AOPS_BUFFER_NOREFS, AOPS_NONE, AOPS_SECRETMEM = 1, 2, 3, 4, 5, 6
+AOPS_NAMES = {"migrate_folio": AOPS_MIGRATE_FOLIO, "filemap": AOPS_FILEMAP, "buffer": AOPS_BUFFER,
+              "buffer_norefs": AOPS_BUFFER_NOREFS, "none": AOPS_NONE, "secretmem": AOPS_SECRETMEM}
+"""a_ops->migrate_folio of a mapping: which of the kernel's callbacks, or none."""
 
 # --- where a node's bytes live --------------------------------------------------------------------------------
 
@@ -100,7 +106,7 @@ FOLIO_DTYPE = np.dtype({
     "mapping": (np.int32, 24),      # > 0 an address space, < 0 minus an anon_vma, 0 none
     "others": (np.int32, 28),       # row of Memory.others: what others do to it during a call; 0 nothing
     "index": (np.int64, 32),        # offset in the mapping, in pages
-    "private": (np.int64, 40),      # file-system private data, or the swap entry
+    "private": (np.int64, 40),      # file-system private data, the swap entry, or the owner of a movable_ops page
     "migrate_info": (np.int64, 48),     # during a call: on a destination migrate/state.py, on a source its entry's place
     "cpupid": (np.int32, 56),
     "entire_mapcount": (np.int32, 60),  # those of mapcount that are PMD leaves
@@ -113,7 +119,8 @@ NODE_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_free_pages",
     "nr_isolated_anon", "nr_isolated_file",
     "nr_lru_anon", "nr_lru_file", "nr_unevictable",
-    "nr_anon_mapped", "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_file_dirty", "nr_mlock",
+    "nr_anon_mapped", "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_shmem_thps", "nr_swapcache", "nr_file_dirty",
+    "nr_mlock",
     "nr_deferred_split",
 )], align=True)
 """struct pglist_data; counters are base pages, except nr_deferred_split (folios)."""
@@ -143,17 +150,26 @@ VMA_DTYPE = np.dtype([(name, np.int64) for name in (
 )], align=True)
 """struct vm_area_struct; addresses in bytes, pgoff in pages. Row 0 is unused."""
 
-ANON_VMA_DTYPE = np.dtype([("first_avc", np.int64), ("refcount", np.int64)], align=True)
+ANON_VMA_DTYPE = np.dtype([(name, np.int64) for name in (
+    "first_avc", "refcount",
+    "kpfn", "first_item",           # of a KSM stable node: its page; its mappings, in Memory.rmap_items
+)], align=True)
+"""struct anon_vma, or struct ksm_stable_node: both are what folio->mapping of an anonymous page can mean."""
 AVC_DTYPE = np.dtype([(name, np.int64) for name in ("vma", "anon_vma", "next_of_anon_vma", "next_of_vma")],
                      align=True)
 """struct anon_vma_chain: one link between a vma and an anon_vma."""
+
+RMAP_ITEM_DTYPE = np.dtype([(name, np.int64) for name in ("anon_vma", "address", "next")], align=True)
+"""struct ksm_rmap_item: a KSM page is mapped at ``address`` in the vmas of ``anon_vma``. Row 0 is unused."""
 
 MAPPING_DTYPE = np.dtype([(name, np.int64) for name in (
     "kind", "aops", "nr_slots",
     "slots",                        # where its page cache begins in Memory.slots: one pfn per page of the file
     "nrpages", "first_vma",
+    "inaccessible",                 # AS_INACCESSIBLE: the CPU may not touch its contents
+    "busy_buffers",                 # every folio has buffer heads, and somebody (a journal) refers to them
 )], align=True)
-"""struct address_space. Row 0 is unused."""
+"""struct address_space; the swap space has one slot per swap entry. Row 0 is unused."""
 
 OTHERS_DTYPE = np.dtype([(name, np.int64) for name in (
     "lock", "writeback",            # OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER
@@ -165,6 +181,11 @@ OTHERS_DTYPE = np.dtype([(name, np.int64) for name in (
     "failed_moves",
     "alloc",                        # ALLOC_OK, ALLOC_FAIL, ALLOC_FAIL_ALL
     "copy_error",                   # reading its bytes meets an uncorrectable memory error
+    "poisoned_after_unmap",         # memory_failure() sets PG_hwpoison once it is unmapped
+    "unreleasable",                 # its private data cannot be released
+    "buffers_locked",               # its buffer heads: OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER
+    "callback", "callback_left",    # outcomes of its owner's migrate callback: where in Memory.scripts; how many are left
+    "split", "split_left",          # outcomes of attempts to split it; of both the last one repeats
 )], align=True)
 """What others do to a folio while a call runs (``locked``, ``extra_refs`` ... of a scenario). Row 0: nothing."""
 
@@ -172,11 +193,15 @@ OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER = 0, 1, 2
 ALLOC_OK, ALLOC_FAIL, ALLOC_FAIL_ALL = 0, 1, 2
 
 SYS_DTYPE = np.dtype([(name, np.int64) for name in (
+    "rule_set",                     # RULES_*
     "nr_nodes", "copy_kernel", "poison", "thp_migration",
     "nr_tables", "free_table",      # page-table pages handed out so far; head of the list of returned ones
     "lru_batch_nr", "lru_disabled",
     "offload_active", "offload_reasons",
     "offload_cpu_kernel",           # 1 + the copy kernel if the CPU routine is on duty; 0: somebody Python must call
+    "memory_tiering",               # NUMA_BALANCING_MEMORY_TIERING; nodes with CPUs are the top tier
+    "swap_space",                   # row of mappings, 0 without swap
+    "thp_split_page", "thp_split_page_failed",
     "pgmigrate_success", "pgmigrate_fail",
     "thp_migration_success", "thp_migration_fail", "thp_migration_split",
     # target allocations of at least this order: so many more succeed, then so many fail (-1: all); 0: none is made to fail
@@ -203,15 +228,19 @@ class Memory(NamedTuple):
     vmas: np.recarray               # VMA_DTYPE
     anon_vmas: np.recarray          # ANON_VMA_DTYPE
     avcs: np.recarray               # AVC_DTYPE
+    rmap_items: np.recarray         # RMAP_ITEM_DTYPE
     mappings: np.recarray           # MAPPING_DTYPE
     slots: np.ndarray               # int64: page caches, one pfn per page of a file
+    mthp_nr_anon: np.ndarray        # int64: large anonymous folios, indexed by order
     others: np.recarray             # OTHERS_DTYPE
+    scripts: np.ndarray             # int64: outcomes told beforehand, 0 or -errno
     lru_batch: np.ndarray           # int64, LRU_BATCH_SIZE pfns
     sys: np.recarray                # SYS_DTYPE, one row
 
 
 MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.int64, np.int64, MM_DTYPE, VMA_DTYPE,
-                       ANON_VMA_DTYPE, AVC_DTYPE, MAPPING_DTYPE, np.int64, OTHERS_DTYPE, np.int64, SYS_DTYPE)
+                       ANON_VMA_DTYPE, AVC_DTYPE, RMAP_ITEM_DTYPE, MAPPING_DTYPE, np.int64, np.int64, OTHERS_DTYPE, np.int64,
+                       np.int64, SYS_DTYPE)
 
 
 HUGE_PAGE = 2 << 20

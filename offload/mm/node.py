@@ -15,7 +15,7 @@ from offload.intrinsics import count_trailing_zeros, prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.frames import poison_frames
 from offload.mm.memmap import (
-    FREE_AREA_DTYPE, LRU_BATCH_SIZE, NO_PFN, PG_active, PG_deferred_list, PG_large_rmappable, PG_lru,
+    FREE_AREA_DTYPE, LRU_BATCH_SIZE, NO_PFN, PG_active, PG_deferred_list, PG_hwpoison, PG_large_rmappable, PG_lru,
     PG_mlocked, PG_partially_mapped, PG_reserved, PG_swapbacked, PG_unevictable, folio_is_file_lru, records, unpack,
 )
 from offload.units import MAX_PAGE_ORDER
@@ -195,7 +195,10 @@ def alloc_pages_node(mem, nid, order):
 
 @jit
 def free_pages(mem, pfn):
-    """Free a folio whose last reference is gone (free_unref_folio()). Its record is as new afterwards."""
+    """Free a folio whose last reference is gone (free_unref_folio()). Its record is as new afterwards.
+
+    Poisoned memory is never given out again: a bad base page stays outside the allocator with its mark.
+    """
     folio = mem.folios[pfn]
     nid = np.int64(folio.nid)
     order = np.int64(folio.order)
@@ -205,6 +208,9 @@ def free_pages(mem, pfn):
         mem.nodes[nid].nr_deferred_split -= 1
     if folio.page_flags & PG_mlocked:
         mem.nodes[nid].nr_mlock -= 1 << order
+    poisoned = folio.page_flags & PG_hwpoison
+    if order and folio.mapping < 0:
+        mem.mthp_nr_anon[order] -= 1
     folio.page_flags = 0
     folio.mapcount = 0
     folio.entire_mapcount = 0
@@ -218,7 +224,19 @@ def free_pages(mem, pfn):
     folio.order = 0
     if order:
         set_page_orders(mem, pfn, 1 << order, 0)
+    if poisoned:
+        free_poisoned(mem, nid, pfn, order)
+        return
     free_block(mem, nid, pfn, order)
+
+
+@jit
+def free_poisoned(mem, nid, pfn, order):
+    """Free what is good of a folio whose first page is bad."""
+    mem.folios[pfn].page_flags = PG_hwpoison
+    while order > 0:                                # halves that do not begin with the bad page
+        order -= 1
+        free_block(mem, nid, pfn + (np.int64(1) << order), order)
 
 
 @jit

@@ -9,12 +9,15 @@ import numpy as np
 
 from offload.jit import jit, jit_inline
 from offload.mm.memmap import (
-    ALLOC_OK, OTHERS_UNTIL_WAIT, PG_locked, PG_writeback,
+    ALLOC_OK, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_hwpoison, PG_locked, PG_writeback,
 )
 from offload.mm.node import folio_put_refs
 
-__all__ = ("wait_for_lock", "wait_for_writeback", "others_refuse_alloc", "others_before_move",
-           "others_after_failed_move", "others_at_batch_copy")
+__all__ = ("wait_for_lock", "wait_for_writeback", "wait_for_buffers", "others_refuse_alloc", "others_before_move",
+           "others_after_failed_move", "others_at_batch_copy", "told_callback", "told_split", "NOT_TOLD")
+
+NOT_TOLD = 1
+"""No outcome is told beforehand: the rules decide."""
 
 
 @jit
@@ -39,6 +42,41 @@ def wait_for_writeback(mem, pfn):
     return True
 
 
+@jit
+def wait_for_buffers(mem, pfn):
+    """Sleep until somebody's locks on the folio's buffer heads are released. False if they never are."""
+    others = mem.others[mem.folios[pfn].others]
+    if others.buffers_locked == OTHERS_UNTIL_WAIT:
+        others.buffers_locked = OTHERS_NO
+    return others.buffers_locked == OTHERS_NO
+
+
+@jit
+def told_callback(mem, pfn):
+    """What this call of the migrate callback of the folio's owner returns, if that was told beforehand: 0, -errno, NOT_TOLD."""
+    others = mem.others[mem.folios[pfn].others]
+    if others.callback_left == 0:
+        return np.int64(NOT_TOLD)
+    outcome = mem.scripts[others.callback]
+    if others.callback_left > 1:                    # the last one repeats
+        others.callback += 1
+        others.callback_left -= 1
+    return outcome
+
+
+@jit
+def told_split(mem, pfn):
+    """As told_callback(), for this attempt to split the folio."""
+    others = mem.others[mem.folios[pfn].others]
+    if others.split_left == 0:
+        return np.int64(NOT_TOLD)
+    outcome = mem.scripts[others.split]
+    if others.split_left > 1:
+        others.split += 1
+        others.split_left -= 1
+    return outcome
+
+
 @jit_inline
 def others_refuse_alloc(mem, src):
     """Whether the target allocation for this folio fails."""
@@ -47,8 +85,10 @@ def others_refuse_alloc(mem, src):
 
 @jit
 def others_at_batch_copy(mem, src):
-    """Right after the batch copy (or the flush): references that come only now are taken."""
+    """Right after the batch copy (or the flush): references that come only now are taken, memory found bad is marked."""
     others = mem.others[mem.folios[src].others]
+    if others.poisoned_after_unmap:
+        mem.folios[src].page_flags |= PG_hwpoison
     if others.refs_from_batch_copy and others.refs_held == 0:
         others.refs_held = others.refs
         mem.folios[src].refcount += np.int32(others.refs)

@@ -6,7 +6,8 @@ private entries, secondary MMUs and the lock order (nothing else runs inside a s
 
 A page table is 512 int64 entries of Memory.tables. An entry is a pfn (or the number of a lower table) above
 PAGE_SHIFT and bits below; 0 is none. A migration entry is the entry it replaced without PRESENT: whether it was
-writable, exclusive, young, dirty stands in the same bits, and the pfn is the source's.
+writable, exclusive, young, dirty stands in the same bits, and the pfn is the source's. A hwpoison entry keeps the pfn of
+the bad page and maps no folio.
 """
 
 import numpy as np
@@ -15,14 +16,14 @@ from offload.intrinsics import prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.address_space import folio_mark_dirty
 from offload.mm.memmap import (
-    PG_dirty, PG_mlocked, PG_swapbacked, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
+    PG_dirty, PG_hwpoison, PG_ksm, PG_mlocked, PG_swapbacked, PG_zone_device, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
 )
 from offload.mm.node import deferred_split_folio, folio_maybe_dma_pinned, lru_readd
 from offload.units import HPAGE_PMD_ORDER, PAGE_SHIFT
 
 __all__ = (
     "PTE_PRESENT", "PTE_WRITE", "PTE_DIRTY", "PTE_YOUNG", "PTE_EXCLUSIVE", "PTE_HUGE", "PTE_SPECIAL",
-    "PTE_MIGRATION", "pte_pfn", "pte_is_migration", "walk_pmd", "walk_pte", "walk_alloc_pte", "walk_alloc_pmd",
+    "PTE_MIGRATION", "PTE_HWPOISON", "pte_pfn", "pte_is_migration", "walk_pmd", "walk_pte", "walk_alloc_pte", "walk_alloc_pmd",
     "set_pte", "free_table", "pgtable_deposit", "pgtable_withdraw", "split_pmd", "folio_add_rmap", "folio_remove_rmap", "add_rss", "try_to_migrate", "try_to_unmap", "remove_migration_ptes", "new_table", "pgd_alloc", "free_pgtables",
 )
 
@@ -34,6 +35,7 @@ PTE_EXCLUSIVE = 1 << 4              # AnonExclusive
 PTE_HUGE = 1 << 5                   # a leaf at PMD level
 PTE_SPECIAL = 1 << 6                # maps no folio: the zero page, device memory
 PTE_MIGRATION = 1 << 7              # not PRESENT: a migration entry
+PTE_HWPOISON = 1 << 8               # not PRESENT, SPECIAL: access to it is SIGBUS
 PTE_BITS = (1 << PAGE_SHIFT) - 1
 ZERO_PAGE = PTE_PRESENT | PTE_SPECIAL
 """The entry that maps the shared zero page: readable, never writable, no folio."""
@@ -312,9 +314,23 @@ def try_to_migrate_entry(mem, folio_pfn, vma, entry):
     if old & PTE_EXCLUSIVE and folio_maybe_dma_pinned(mem, folio_pfn):
         return False
     mem.tables[entry] = old & ~PTE_PRESENT | PTE_MIGRATION
+    if folio.page_flags & PG_hwpoison:
+        set_hwpoison_entry(mem, folio_pfn, vma, entry)
     folio_remove_rmap(mem, folio_pfn, vma, old & PTE_HUGE)
     folio.refcount -= 1                             # never the last: the caller holds the isolation reference
     return True
+
+
+@jit
+def set_hwpoison_entry(mem, folio_pfn, vma, entry):
+    """Make the migration entry for the poisoned page a hwpoison entry: it leaves the resident set and never comes back.
+
+    Only the first page of a folio is the bad one; a PMD leaf becomes a migration entry whatever it maps.
+    """
+    old = mem.tables[entry]
+    if old & PTE_HUGE == 0 and pte_pfn(old) == folio_pfn:
+        set_pte(mem, entry, folio_pfn, PTE_HWPOISON | PTE_SPECIAL)
+        add_rss(mem, mem.vmas[vma].mm, folio_pfn, -1)
 
 
 @jit
@@ -327,9 +343,13 @@ def try_to_migrate(mem, folio_pfn):
     ``migrate_info`` of a source, if not 0, is where its entry is expected (migrate/batch.py); where it is its only one, that
     saves the walk, and remove_migration_ptes() relies on it. Else it is set to 0 here.
 
-    Kernel: try_to_migrate() with try_to_migrate_one().
+    Kernel: try_to_migrate() with try_to_migrate_one(). Device memory that is neither private nor coherent stays mapped.
     """
     folio = mem.folios[folio_pfn]
+    if folio.page_flags & (PG_ksm | PG_zone_device):
+        if folio.page_flags & PG_zone_device == 0:
+            walk_ksm(mem, folio_pfn, folio_pfn, True)
+        return
     if folio.migrate_info:
         old = mem.tables[folio.migrate_info]
         if folio.mapcount == 1 and old & (PTE_PRESENT | PTE_SPECIAL) == PTE_PRESENT and pte_pfn(old) == folio_pfn:
@@ -414,6 +434,31 @@ def remove_migration_entry(mem, entry, vma, to):
 
 
 @jit
+def walk_ksm(mem, src, dst, unmap):
+    """Replace the entries that map KSM page ``src`` by migration entries, or turn those into entries for ``dst``.
+
+    Its mappings are those that its stable node knows, in the processes that ksmd found it in and in those they have forked.
+    Kernel: rmap_walk_ksm().
+    """
+    item = mem.anon_vmas[-np.int64(mem.folios[dst].mapping)].first_item
+    while item:
+        avc = mem.anon_vmas[mem.rmap_items[item].anon_vma].first_avc
+        while avc:
+            vma = mem.avcs[avc].vma
+            area = mem.vmas[vma]
+            address = mem.rmap_items[item].address
+            pte = walk_pte(mem, area.mm, address) if area.start <= address < area.end else np.int64(0)
+            old = mem.tables[pte] if pte else np.int64(0)
+            if old & PTE_SPECIAL == 0 and pte_pfn(old) == src:
+                if unmap and old & PTE_PRESENT:
+                    try_to_migrate_entry(mem, src, vma, pte)
+                elif not unmap and pte_is_migration(old):
+                    remove_migration_entry(mem, pte, vma, dst)
+            avc = mem.avcs[avc].next_of_anon_vma
+        item = mem.rmap_items[item].next
+
+
+@jit
 def remove_migration_ptes(mem, src, dst):
     """Turn the migration entries that hold pages of ``src`` into entries for the same pages of ``dst``.
 
@@ -427,6 +472,9 @@ def remove_migration_ptes(mem, src, dst):
     if entry:
         if pte_is_migration(mem.tables[entry]):
             remove_migration_entry(mem, entry, rmap_vma(mem, dst, rmap_first(mem, dst)), dst)
+        return
+    if folio.page_flags & PG_ksm:
+        walk_ksm(mem, src, dst, False)
         return
     nr_pages = np.int64(1) << folio.order
     cursor = rmap_first(mem, dst)

@@ -8,12 +8,12 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.mm.memmap import (
-    MAPPING_SHMEM, PG_deferred_list, PG_dirty, PG_locked, PG_lru, PG_mlocked, PG_private, PG_reserved, PG_swapbacked,
-    PG_unevictable,
+    MAPPING_SHMEM, MAPPING_SWAP, PG_deferred_list, PG_dirty, PG_hwpoison, PG_ksm, PG_locked, PG_lru, PG_mlocked, PG_movable_ops,
+    PG_movable_ops_isolated, PG_private, PG_reserved, PG_swapbacked, PG_swapcache, PG_unevictable,
 )
 from offload.mm.node import GUP_PIN_COUNTING_BIAS, NR_ORDERS, WORD_BITS
-from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTRS
-from offload.units import HPAGE_PMD_NR, PAGE_SHIFT
+from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTRS
+from offload.units import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE_SHIFT
 
 __all__ = ("validate",)
 
@@ -27,7 +27,9 @@ def validate(machine):
     validate_entries(mem, entries, free)
     validate_counts(mem, heads, entries)
     validate_folios(mem, heads)
+    validate_ksm(mem, heads, entries)
     validate_slots(mem, free)
+    validate_swap_cache(mem, heads)
     validate_nodes(mem, heads, free)
 
 
@@ -60,7 +62,7 @@ def free_pages_of(mem):
 
 
 def validate_frames(mem, free):
-    """Every page of a node is either free or part of one folio in use; returns the heads of those (int64)."""
+    """Every page of a node is free, or bad, or part of one folio in use; returns the heads of those (int64)."""
     owned = np.zeros(len(mem.folios), np.int8)
     heads = np.flatnonzero(mem.folios.refcount != 0)
     for pfn in heads:
@@ -70,9 +72,10 @@ def validate_frames(mem, free):
             complain("pages whose order differs from their folio's, at folio", pfn)
     for nid, node in enumerate(mem.nodes):
         pages = slice(int(node.start_pfn), int(node.start_pfn + node.nr_pages))
-        wrong = owned[pages] + free[pages] != 1
+        bad = (mem.folios.page_flags[pages] & PG_hwpoison != 0) & (mem.folios.refcount[pages] == 0)
+        wrong = owned[pages] + free[pages] + bad != 1
         if wrong.any():
-            complain(f"pages of node {nid} that are not in exactly one place (free, or one folio)",
+            complain(f"pages of node {nid} that are not in exactly one place (free, bad, or one folio)",
                      pages.start + np.flatnonzero(wrong))
     if (mem.folios.refcount < 0).any():
         complain("folios with a negative refcount", np.flatnonzero(mem.folios.refcount < 0))
@@ -114,8 +117,12 @@ def validate_entries(mem, entries, free):
     migration = values & PTE_MIGRATION != 0
     if migration.any():
         complain("migration entries outside a call, at addresses", addresses[migration])
-    if (values & PTE_PRESENT == 0).any():
-        complain("entries that are neither none nor present, at addresses", addresses[values & PTE_PRESENT == 0])
+    absent = values & (PTE_PRESENT | PTE_HWPOISON) == 0
+    if absent.any():
+        complain("entries that are neither none nor present, at addresses", addresses[absent])
+    bad = values[values & PTE_HWPOISON != 0] >> PAGE_SHIFT
+    if (mem.folios.page_flags[bad] & PG_hwpoison == 0).any():
+        complain("hwpoison entries for pages that are not bad", bad[mem.folios.page_flags[bad] & PG_hwpoison == 0])
     pages = values[values & PTE_SPECIAL == 0] >> PAGE_SHIFT
     if free[pages].any():
         complain("free pages are mapped", pages[free[pages]])
@@ -144,15 +151,18 @@ def validate_counts(mem, heads, entries):
     nr_pages = np.int64(1) << row.order.astype(np.int64)
     expected += np.where(row.mapping > 0, nr_pages, 0)
     expected += np.where((row.mapping >= 0) & (row.page_flags & PG_private != 0), 1, 0)
+    expected += np.where(row.page_flags & PG_swapcache != 0, nr_pages, 0)
+    owned = row.page_flags & PG_movable_ops != 0
+    expected += np.where(owned, row.private != 0, 0)            # its owner's
     expected += np.where(row.page_flags & PG_reserved != 0, 1, 0)
     expected += mem.others.refs_held[row.others]
     expected += np.where(row.order > 0, row.pincount, row.pincount * GUP_PIN_COUNTING_BIAS)
     expected += np.bincount(mem.lru_batch[:mem.sys.lru_batch_nr[0]], minlength=len(mem.folios))[heads]
     isolated = (row.page_flags & (PG_lru | PG_reserved) == 0) & ~np.isin(heads, mem.lru_batch[:mem.sys.lru_batch_nr[0]])
-    expected += isolated
+    expected += np.where(owned, row.page_flags & PG_movable_ops_isolated != 0, isolated)
     wrong = heads[expected != row.refcount]
     if len(wrong):
-        complain("folios whose refcount is not explained by mappings, caches, pins, LRU batch and isolation", wrong)
+        complain("folios whose refcount is not explained by mappings, caches, private data, pins, owners, LRU batch and isolation", wrong)
 
     for mm in np.flatnonzero(mem.mms.pgd):
         sizes = np.where(values[mapped] & PTE_HUGE != 0, HPAGE_PMD_NR, 1)
@@ -173,9 +183,42 @@ def validate_folios(mem, heads):
             complain(f"folios with {what} outside a call", heads[wrong])
 
 
+def validate_ksm(mem, heads, entries):
+    """Every KSM page has a stable node that knows it, and is mapped read-only where its rmap_items say."""
+    mms, addresses, values = entries
+    ksm = heads[mem.folios.page_flags[heads] & PG_ksm != 0]
+    wrong = mem.anon_vmas.kpfn[-mem.folios.mapping[ksm]] != ksm
+    if wrong.any():
+        complain("KSM pages whose stable node does not know them", ksm[wrong])
+    for pfn in ksm:
+        known = set()
+        item = int(mem.anon_vmas.first_item[-mem.folios.mapping[pfn]])
+        while item:
+            known.add(int(mem.rmap_items.address[item]))
+            item = int(mem.rmap_items.next[item])
+        mapped = (values >> PAGE_SHIFT == pfn) & (values & PTE_PRESENT != 0)
+        if (values[mapped] & (PTE_WRITE | PTE_EXCLUSIVE) != 0).any() or not known.issuperset(addresses[mapped].tolist()):
+            complain("KSM pages mapped writable, or where their stable node does not know", pfn)
+
+
+def validate_swap_cache(mem, heads):
+    """Every slot of the swap cache holds the folio whose swap entry it is, and every folio in it has its slots."""
+    cached = heads[mem.folios.page_flags[heads] & PG_swapcache != 0]
+    space = mem.mappings[mem.sys.swap_space[0]]
+    slots = mem.slots[space.slots:space.slots + space.nr_slots]
+    expected = np.zeros(len(slots), np.int64)
+    for pfn in cached:
+        entry = int(mem.folios.private[pfn])
+        expected[entry:entry + (1 << int(mem.folios.order[pfn]))] = pfn
+    if (slots != expected).any():
+        complain("swap entries that do not hold the folio that has them", np.flatnonzero(slots != expected))
+    if space.nrpages != np.count_nonzero(slots):
+        complain(f"swap space: {np.count_nonzero(slots)} slots in use, nrpages", space.nrpages)
+
+
 def validate_slots(mem, free):
     """Every slot of a page cache holds the folio that knows it."""
-    for mapping in np.flatnonzero(mem.mappings.kind):
+    for mapping in np.flatnonzero((mem.mappings.kind != 0) & (mem.mappings.kind != MAPPING_SWAP)):
         space = mem.mappings[mapping]
         slots = mem.slots[space.slots:space.slots + space.nr_slots]
         at = np.flatnonzero(slots)
@@ -194,7 +237,7 @@ def validate_nodes(mem, heads, free):
     nr_pages = np.int64(1) << row.order.astype(np.int64)
     has = lambda bit: row.page_flags & bit != 0
     in_batch = np.isin(heads, mem.lru_batch[:mem.sys.lru_batch_nr[0]])
-    in_use = ~has(PG_reserved)
+    in_use = ~has(PG_reserved | PG_movable_ops)
     isolated = in_use & ~has(PG_lru) & ~in_batch
     evictable_lru = has(PG_lru) & ~has(PG_unevictable)
     cached = row.mapping > 0
@@ -207,7 +250,9 @@ def validate_nodes(mem, heads, free):
             ("nr_unevictable", has(PG_lru) & has(PG_unevictable), nr_pages),
             ("nr_anon_mapped", (row.mapping < 0) & (row.mapcount > 0), nr_pages),
             ("nr_file_mapped", (row.mapping > 0) & (row.mapcount > 0), nr_pages),
-            ("nr_file_pages", cached, nr_pages), ("nr_shmem", shmem, nr_pages),
+            ("nr_file_pages", cached | has(PG_swapcache), nr_pages * (cached + has(PG_swapcache).astype(np.int64))),
+            ("nr_shmem", shmem, nr_pages), ("nr_shmem_thps", shmem & (row.order >= HPAGE_PMD_ORDER), nr_pages),
+            ("nr_swapcache", has(PG_swapcache), nr_pages),
             ("nr_file_dirty", cached & ~shmem & has(PG_dirty), nr_pages),
             ("nr_mlock", has(PG_mlocked), nr_pages),
             ("nr_deferred_split", has(PG_deferred_list), np.ones_like(nr_pages))):
@@ -215,3 +260,6 @@ def validate_nodes(mem, heads, free):
             counted = weight[which & (row.nid == nid)].sum()
             if counted != mem.nodes[name][nid]:
                 complain(f"{name} of node {nid} is {mem.nodes[name][nid]}, recounted", counted)
+    large = np.bincount(row.order[(row.mapping < 0) & (row.order > 0)], minlength=len(mem.mthp_nr_anon))
+    for order in np.flatnonzero(large != mem.mthp_nr_anon):
+        complain(f"mthp_nr_anon of order {order} is {mem.mthp_nr_anon[order]}, recounted", large[order])
