@@ -55,6 +55,8 @@ def bench(
         batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline, 262144 in "
                                                       "the published results for 2M.")] = DEFAULTS["batch_pages"],
         mode: Annotated[str, typer.Option(help="MIGRATE_ASYNC, MIGRATE_SYNC_LIGHT or MIGRATE_SYNC.")] = DEFAULTS["mode"],
+        protocol: Annotated[str, typer.Option(help="Round of the series whose rules the batch copy follows: v6, v5, flags or "
+                                                   "v4.")] = DEFAULTS["protocol"],
         nodes: Annotated[str, typer.Option(help="host,host, or nowhere,nowhere for metadata alone.")] = DEFAULTS["nodes"],
         seed: Annotated[int, typer.Option(help="Of the random bytes and the order of the folios.")] = DEFAULTS["seed"],
         json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the result; - is standard output, then "
@@ -70,7 +72,7 @@ def bench(
     from offload.report import console, json_target, write_json
 
     config = BenchConfig.parse(size=size, orders=orders, engines=engines, repeat=repeat, warmup=warmup,
-                               batch_pages=batch_pages, mode=mode, nodes=nodes, seed=seed)
+                               batch_pages=batch_pages, mode=mode, protocol=protocol, nodes=nodes, seed=seed)
     json_target(json)
     with progress(config.runs) as step:
         result = run_bench(config, step=step)
@@ -91,6 +93,8 @@ def migrate(
         move_all: Annotated[bool, typer.Option("--move-all", help="Move pages that other processes map too "
                                                                   "(MPOL_MF_MOVE_ALL).")] = False,
         batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline.")] = 512,
+        protocol: Annotated[str, typer.Option(help="Round of the series whose rules the batch copy follows: v6, v5, flags or "
+                                                   "v4.")] = "v6",
         layout_only: Annotated[bool, typer.Option("--layout-only", help="Without the bytes: move metadata alone.")] = False,
         validate: Annotated[bool, typer.Option("--validate", help="Also check the machine's books afterwards.")] = False,
         json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the result; - is standard output, then "
@@ -100,7 +104,7 @@ def migrate(
     Exit status 1 if a page that was moved or left does not verify.
     """
     from offload.workload.job import migrate_job
-    return migrate_job(file=file, pid=pid, engine=engine, move_all=move_all, batch_pages=batch_pages,
+    return migrate_job(file=file, pid=pid, engine=engine, move_all=move_all, batch_pages=batch_pages, protocol=protocol,
                        layout_only=layout_only, validate=validate, json=json)
 
 

@@ -1,21 +1,35 @@
 """The hatch: one migrator at a time may stand at it and copy whole batches.
 
-Stands for mm/migrate_copy_offload.c of RFC v6 3/5 (2026-06-30, not merged): registration, the reason mask and its
-text form, and the call into whoever is on duty. Leaves out module owners and waiting for calls in flight (there are
-none: a call runs to its end before Python can register anybody).
+Stands for mm/migrate_copy_offload.c of RFC v6 3/5 (2026-06-30, not merged) and what its place was in v4 and v5:
+registration, the reason mask and its text form, and the call into whoever is on duty. Leaves out being compiled out, and
+waiting for calls in flight (there are none: a call runs to its end before Python can register anybody; an event that
+unregisters in the middle of one finds the batch copied by the CPU routine, as in the kernel).
+
+    ==================  ========================  ==============================  ===========================
+    protocol            v4, flags                 v5                              v6
+    ==================  ========================  ==============================  ===========================
+    register            migrate_offload_start()   migrate_offload_register()      migrate_offload_register(m,
+                                                                                  mask)
+    without an owner    built in                  -EINVAL                         built in
+    reasons             the driver's              compaction, syscall_or_cpuset,  the mask; can be changed
+                        should_batch(reason)      demotion, numa_misplaced        while on duty
+    ==================  ========================  ==============================  ===========================
 """
 
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from offload.errors import Busy, InvalidInput
-from offload.units import EOPNOTSUPP, MigrateReason
+from offload.errors import Busy, EngineUnavailable, InvalidInput
+from offload.units import EOPNOTSUPP, PROTOCOL_V5, PROTOCOL_V6, PROTOCOLS, MigrateReason
 
 __all__ = ("FolioBatch", "Migrator", "CopyOffload", "parse_reason_mask", "format_reason_mask", "ALL_REASONS",
-           "WRITTEN_UNMARKED")
+           "V5_REASONS", "WRITTEN_UNMARKED")
 
 ALL_REASONS = (1 << len(MigrateReason)) - 1
+V5_REASONS = sum(1 << reason for reason in (MigrateReason.MR_COMPACTION, MigrateReason.MR_SYSCALL, MigrateReason.MR_DEMOTION,
+                                            MigrateReason.MR_NUMA_MISPLACED))
+"""Reasons that v5 batches; its list is fixed in the core, a mask can only narrow it here."""
 WRITTEN_UNMARKED = 2
 """A completion of a migrator that wholly wrote a folio and does not say so: the copy counts, the folio gets no mark."""
 
@@ -37,9 +51,15 @@ class Migrator(Protocol):
     """Who may stand at the hatch.
 
     ``offload_copy(batch, done)`` copies the folios of a :class:`FolioBatch` and sets ``done[i]`` (uint8, zeroed) to 1
-    for exactly those that it wholly wrote; it leaves the arrays of the batch as they are. It returns 0 or a negative errno; only ``done`` decides what counts as copied, and what is not is copied by the
-    migration path itself. Every source is locked and unmapped, every destination locked and of the same size; it
-    may sleep. An exception is a broken migrator and ends the call after all folios have been restored or moved.
+    for exactly those that it wholly wrote; it leaves the arrays of the batch as they are. It returns 0 or a negative
+    errno. In v6 only ``done`` decides what counts as copied; in v4, flags and v5 only the return value does, 0 for all,
+    and ``done`` is for counting. What does not count is copied by the migration path itself. Every source is locked and
+    unmapped, every destination locked and of the same size; it may sleep. An exception is a broken migrator and ends the
+    call after all folios have been restored or moved.
+
+    ``owner`` stands for its module (THIS_MODULE): anything that is not None; one with a true ``going`` is being removed.
+    None, or no such attribute: built in. ``should_batch(reason)`` is for v4 and flags alone, see
+    :meth:`CopyOffload.register`.
     """
 
     name: str
@@ -56,18 +76,39 @@ class CopyOffload:
         self.batches = 0
         self.failed_batches = 0
 
+    @property
+    def protocol(self):
+        """The machine's: "v6", "v5", "flags" or "v4"."""
+        return PROTOCOLS[int(self._sys.protocol[0])]
+
     def register(self, migrator, reasons="all"):
         """Put ``migrator`` on duty for the reasons of the mask ``reasons`` (text or number).
 
-        InvalidInput (-EINVAL) without a migrator or its ``offload_copy``, or for a bad mask; Busy (-EBUSY) while one
-        is on duty, be it the same. Takes effect at the next batch.
+        In v5 the mask only narrows the fixed list. In v4 and flags the driver answers: the mask is narrowed to the reasons
+        for which its ``should_batch(reason)`` is true, asked here once for each; ``should_batch`` None is never, a driver
+        without the attribute answers from ``reasons``.
+
+        InvalidInput (-EINVAL) without a migrator or its ``offload_copy``, without an owner in v5, or for a bad mask; Busy
+        (-EBUSY) while one is on duty, be it the same; EngineUnavailable (-ENODEV) if the owner is going away. After any of
+        them nothing has changed. Takes effect at the next batch.
         """
         if migrator is None or not callable(getattr(migrator, "offload_copy", None)):
             raise InvalidInput(f"{migrator!r} is no migrator: it has no offload_copy(batch, done); pass for instance "
                                f"offload.McCopy()")
         mask = parse_reason_mask(reasons)
+        protocol = int(self._sys.protocol[0])
+        owner = getattr(migrator, "owner", None)
+        if protocol == PROTOCOL_V5 and owner is None:
+            raise InvalidInput(f"migrator {migrator.name!r} has no owner, which v5 asks for; give it an attribute owner, or "
+                               f"use another protocol")
         if self.migrator is not None:
             raise Busy(f"migrator {self.migrator.name!r} is registered already; unregister it first")
+        if getattr(owner, "going", False):
+            raise EngineUnavailable(f"migrator {migrator.name!r} cannot be registered: its owner {owner!r} is going away")
+        if protocol == PROTOCOL_V5:
+            mask &= V5_REASONS
+        elif protocol != PROTOCOL_V6:
+            mask &= reasons_of_driver(migrator)
         self.migrator = migrator
         self._sys.offload_cpu_kernel[0] = getattr(migrator, "cpu_kernel", 0)
         self._sys.offload_reasons[0] = mask
@@ -82,7 +123,12 @@ class CopyOffload:
         self.migrator = None
 
     def set_reason_mask(self, migrator, reasons):
-        """Change the mask of the migrator on duty; InvalidInput (-EINVAL) if it is not."""
+        """Change the mask of the migrator on duty; InvalidInput (-EINVAL) if it is not, or in a protocol without masks.
+
+        Takes effect at the next batch.
+        """
+        if self.protocol != "v6":
+            raise InvalidInput(f"protocol {self.protocol!r} has no reason mask to change; only v6 has")
         if migrator is None or migrator is not self.migrator:
             raise InvalidInput(f"{migrator!r} is not the registered migrator; that is {self.migrator!r}")
         self._sys.offload_reasons[0] = parse_reason_mask(reasons)
@@ -101,6 +147,15 @@ class CopyOffload:
         rc = self.migrator.offload_copy(batch, done) if self.migrator else -EOPNOTSUPP
         self.failed_batches += rc != 0
         return rc
+
+
+def reasons_of_driver(migrator):
+    """The reasons for which a v4 driver's should_batch() says yes, as a mask."""
+    if not hasattr(migrator, "should_batch"):
+        return ALL_REASONS
+    if migrator.should_batch is None:
+        return 0
+    return sum(1 << reason for reason in MigrateReason if migrator.should_batch(reason))
 
 
 def parse_reason_mask(text):

@@ -37,7 +37,8 @@ from offload.syscalls import collect_folio_addresses, do_pages_move
 from offload.intrinsics import prefetch_record
 from offload.table import pack
 from offload.units import (
-    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, RULE_SETS, format_size, parse_mode, parse_reason, parse_size,
+    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, RULE_SETS, format_size, parse_mode, parse_protocol,
+    parse_reason, parse_size,
 )
 
 __all__ = ("Machine", "MachineConfig", "NodeConfig")
@@ -67,8 +68,9 @@ class MachineConfig:
     """What a machine is made of; checked when it is made.
 
     ``batch_pages``: base pages at which migrate_pages() closes a batch (512 in mainline; the published results for
-    2 MiB folios need 262144). ``copy_kernel``: "plain" or "stream", for the copies that the migration path makes itself.
-    ``kernel``: whose rules hold, "7.3" (released), "mm-next" (the linux-mm tree ahead of it) or "6.12".
+    2 MiB folios need 262144). ``protocol``: whose rules the batch copy follows, "v6", "v5", "flags" or "v4"
+    (migrate/state.py, docs/protocols.md). ``copy_kernel``: "plain" or "stream", for the copies that the migration path
+    makes itself. ``kernel``: whose rules hold, "7.3" (released), "mm-next" (the linux-mm tree ahead of it) or "6.12".
     ``thp_migration``: whether PMD entries can migrate. ``memory_tiering``: NUMA balancing between tiers is on; nodes with
     CPUs are the upper one. ``poison``: fill fresh frames with 0xAA (slow; a missing copy
     shows).
@@ -76,6 +78,7 @@ class MachineConfig:
 
     nodes: tuple = (NodeConfig(), NodeConfig())
     batch_pages: int = NR_MAX_BATCHED_MIGRATION
+    protocol: str = "v6"
     copy_kernel: str = "plain"
     kernel: str = "7.3"
     thp_migration: bool = True
@@ -93,6 +96,7 @@ class MachineConfig:
             raise InvalidInput(f"batch_pages {self.batch_pages!r} is not a number of base pages; mainline has 512")
         if self.kernel not in RULE_SETS:
             raise InvalidInput(f"kernel {self.kernel!r} is not a rule set; use one of: {', '.join(RULE_SETS)}")
+        parse_protocol(self.protocol)
         if self.copy_kernel not in KERNELS:
             raise InvalidInput(f"copy kernel {self.copy_kernel!r} is not known; use one of: {', '.join(KERNELS)}")
 
@@ -140,6 +144,7 @@ class Machine:
         free_areas, free_bits = build_free_areas(nodes)
         sys = records(1, SYS_DTYPE)
         sys.nr_nodes = len(nodes)
+        sys.protocol = parse_protocol(config.protocol)
         sys.copy_kernel = KERNELS.index(config.copy_kernel)
         sys.poison, sys.thp_migration = config.poison, config.thp_migration
         sys.rule_set, sys.memory_tiering = RULE_SETS[config.kernel], config.memory_tiering

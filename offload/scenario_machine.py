@@ -29,8 +29,6 @@ def not_supported(field, value, remedy="remove it, or use a version that has it"
 def check_offload(given):
     if given is None:
         return
-    if given.get("protocol", "v6") != "v6":
-        not_supported("offload.protocol", given["protocol"], 'use "v6"')
     migrator = given.get("migrator", "mc_copy")
     if migrator not in MIGRATORS:
         if migrator == "dcbm":
@@ -62,7 +60,9 @@ def make_machine(scenario):
     given = scenario.get("machine", {})
     nodes = tuple(NodeConfig(node["pages"], node.get("cpus", True)) for node in given.get("nodes", DEFAULT_NODES))
     try:
-        machine = Machine(MachineConfig(nodes=nodes, kernel=scenario.get("kernel", "7.3"), batch_pages=given.get("batch_pages", NR_MAX_BATCHED_MIGRATION),
+        machine = Machine(MachineConfig(nodes=nodes, kernel=scenario.get("kernel", "7.3"),
+                                        protocol=scenario.get("offload", {}).get("protocol", "v6"),
+                                        batch_pages=given.get("batch_pages", NR_MAX_BATCHED_MIGRATION),
                                         thp_migration=given.get("thp_migration", True), poison=True))
     except (InvalidInput, OutOfMemory) as error:
         raise Fault("machine", str(error), "correct it") from None

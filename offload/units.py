@@ -25,6 +25,7 @@ __all__ = (
     "MigrateReason", "MR_COMPACTION", "MR_MEMORY_FAILURE", "MR_MEMORY_HOTPLUG", "MR_SYSCALL",
     "MR_MEMPOLICY_MBIND", "MR_NUMA_MISPLACED", "MR_CONTIG_RANGE", "MR_LONGTERM_PIN", "MR_DEMOTION", "MR_DAMON",
     "RULES_6_12", "RULES_7_3", "RULES_MM_NEXT", "RULE_SETS",
+    "PROTOCOLS", "PROTOCOL_V6", "PROTOCOL_V5", "PROTOCOL_FLAGS", "PROTOCOL_V4", "parse_protocol",
     "parse_size", "format_size", "parse_mode", "parse_reason",
 )
 
@@ -106,6 +107,18 @@ _TRACE_NAMES = ("compaction", "memory_failure", "memory_hotplug", "syscall_or_cp
 
 (MR_COMPACTION, MR_MEMORY_FAILURE, MR_MEMORY_HOTPLUG, MR_SYSCALL, MR_MEMPOLICY_MBIND,
  MR_NUMA_MISPLACED, MR_CONTIG_RANGE, MR_LONGTERM_PIN, MR_DEMOTION, MR_DAMON) = map(int, MigrateReason)
+
+
+PROTOCOLS = ("v6", "v5", "flags", "v4")
+"""Rounds of the batch-copy series whose rules a machine can follow, by their numbers (migrate/state.py); v6 is the default."""
+PROTOCOL_V6, PROTOCOL_V5, PROTOCOL_FLAGS, PROTOCOL_V4 = range(4)
+
+
+def parse_protocol(text):
+    """The number of a protocol from its name. InvalidInput for anything else."""
+    if not isinstance(text, str) or text not in PROTOCOLS:
+        raise InvalidInput(f"protocol {text!r} is not known; use one of: {', '.join(PROTOCOLS)}")
+    return PROTOCOLS.index(text)
 
 
 def parse_mode(text):

@@ -394,8 +394,8 @@ class TestOffloadEqualsVanilla:
     Left out: the order of moving and of ``left``, which copies were made, and pfns of destinations.
     """
 
-    def build(self, folios, batch_pages, fragmented):
-        world = World(1024, 512, batch_pages=batch_pages)
+    def build(self, folios, batch_pages, fragmented, **fields):
+        world = World(1024, 512, batch_pages=batch_pages, **fields)
         if fragmented:
             world.machine.fragment(1, 1)
         pfns = []

@@ -162,7 +162,7 @@ def row_of(engine, order, samples, **fields):
 
 class TestDerivedNumbers:
     result = {"format": 1, "limits": {"contiguous_copy_gbps": 9.0, "scattered_copy_gbps": {"plain:1": {"0": 8.0}}},
-              "manifest": {"size": SIZE, "nodes": ["host", "host"], "mode": "MIGRATE_SYNC", "batch_pages": 512, "repeat": 3,
+              "manifest": {"size": SIZE, "nodes": ["host", "host"], "mode": "MIGRATE_SYNC", "protocol": "v6", "batch_pages": 512, "repeat": 3,
                            "warmup": 1, "seed": 0, "cpu": "x", "cores": 2, "kernel": "7.3", "thp": "madvise",
                            "git_commit": None},
               "rows": [row_of("vanilla", 0, [4.0, 4.0, 1.0]), row_of("batch", 0, [6.0, 6.0, 6.0]),

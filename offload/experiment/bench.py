@@ -66,7 +66,7 @@ class Bench:
     def __init__(self, config):
         self.config = config
         node = NodeConfig(config.node_pages, placement=config.placement)
-        self.machine = Machine(nodes=[node, node], batch_pages=config.batch_pages)
+        self.machine = Machine(nodes=[node, node], batch_pages=config.batch_pages, protocol=config.protocol)
         self.has_bytes = config.placement == "host"
         self.nr_pages = config.size // PAGE_SIZE
         if self.has_bytes:
@@ -265,7 +265,7 @@ def make_manifest(config, date):
     return host_manifest() | {
         "date": date, "command": config.command_line(), "seed": config.seed, "size": config.size,
         "orders": list(config.orders), "engines": [engine.name for engine in config.engines], "repeat": config.repeat,
-        "warmup": config.warmup, "batch_pages": config.batch_pages, "mode": config.mode.name, "reason": REASON,
+        "warmup": config.warmup, "batch_pages": config.batch_pages, "mode": config.mode.name, "protocol": config.protocol, "reason": REASON,
         "nodes": [config.placement] * 2,
         "units": {"gbps": "10^9 bytes that arrived per second", "cpu_s": "seconds of all threads, mean of the timed runs",
                   "phases_ns": "ns per run", "blocked_ns": "ns per folio", "ns_per_folio": "ns of wall clock",

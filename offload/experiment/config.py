@@ -10,14 +10,15 @@ import pathlib
 from offload.engines import Engine, parse_engine
 from offload.errors import InvalidInput
 from offload.units import (
-    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode, parse_size,
+    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode,
+    parse_protocol, parse_size,
 )
 
 __all__ = ("BenchConfig", "DEFAULTS")
 
 DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": "vanilla,vanilla+stream,batch,batch+stream,mt:2,mt:2+stream",
-            "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION, "mode": "MIGRATE_SYNC", "nodes": "host,host",
-            "seed": 0}
+            "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION, "mode": "MIGRATE_SYNC", "protocol": "v6",
+            "nodes": "host,host", "seed": 0}
 
 PLACEMENTS = ("host", "nowhere")
 MOST = 1 << 40
@@ -42,6 +43,7 @@ class BenchConfig:
     warmup: int = DEFAULTS["warmup"]
     batch_pages: int = DEFAULTS["batch_pages"]
     mode: MigrateMode = MigrateMode.MIGRATE_SYNC
+    protocol: str = DEFAULTS["protocol"]
     placement: str = "host"
     seed: int = DEFAULTS["seed"]
 
@@ -53,9 +55,10 @@ class BenchConfig:
         return cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
                    engines=tuple(parse_engine(word) for word in split_list("engines", given["engines"])),
                    repeat=given["repeat"], warmup=given["warmup"], batch_pages=given["batch_pages"],
-                   mode=parse_mode(given["mode"]), placement=parse_nodes(given["nodes"]), seed=given["seed"])
+                   mode=parse_mode(given["mode"]), protocol=given["protocol"], placement=parse_nodes(given["nodes"]), seed=given["seed"])
 
     def __post_init__(self):
+        parse_protocol(self.protocol)
         for name, least in (("repeat", 1), ("warmup", 0), ("batch_pages", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
@@ -91,7 +94,7 @@ class BenchConfig:
         """The command that asks for exactly this, every option named."""
         return (f"offload bench --size {format_exact(self.size)} --orders {','.join(map(str, self.orders))} "
                 f"--engines {','.join(engine.name for engine in self.engines)} --repeat {self.repeat} "
-                f"--warmup {self.warmup} --batch-pages {self.batch_pages} --mode {self.mode.name} "
+                f"--warmup {self.warmup} --batch-pages {self.batch_pages} --mode {self.mode.name} --protocol {self.protocol} "
                 f"--nodes {self.placement},{self.placement} --seed {self.seed}")
 
 

@@ -74,7 +74,7 @@ def bench_tables(result):
     host = manifest["nodes"][0] == "host"
     batch = f"batch limit {manifest['batch_pages']} base pages"
     yield (f"{format_size(manifest['size'])} a run, node 0 to node 1 ({','.join(manifest['nodes'])}), {manifest['mode']}, "
-           f"{batch}; {manifest['repeat']} runs after {manifest['warmup']} to warm up, seed {manifest['seed']}")
+           f"protocol {manifest['protocol']}, {batch}; {manifest['repeat']} runs after {manifest['warmup']} to warm up, seed {manifest['seed']}")
     yield (f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, thp {manifest['thp']}, "
            f"commit {manifest['git_commit']}")
     if host:

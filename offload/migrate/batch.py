@@ -1,6 +1,6 @@
 """A batch: unmap all of it, flush once, copy, move, undo the rest. The rules of who goes where.
 
-Stands for migrate_pages_batch() and migrate_pages_sync() of mm/migrate.c (v7.3), with the batch copy of RFC v6
+Stands for migrate_pages_batch() and migrate_pages_sync() of mm/migrate.c (v7.3), with the batch copy of RFC v4 to v6
 between the flush and the move.
 
 The rules, for one attempt at a folio:
@@ -70,6 +70,7 @@ def batch_begin(mem, call, mode, from_list, ret_list, split_list, passes):
     c.retry = 1
     c.thp_retry = c.retry_pages = c.failed = c.saved = 0
     c.nr_batch = c.nr_single = 0
+    c.protocol = mem.sys[0].protocol
     c.offload = wants_offload(mem, c.reason)
     c.nr_batches += 1
     c.phase_started = clock_ns()
@@ -282,7 +283,7 @@ def unmap_one(mem, call, src):
 def add_pair(mem, call, src):
     """Append an unmapped folio to the batch list, or to the single list if the batch copy may not have it."""
     c = call.state[0]
-    if c.offload and folio_batch_eligible(mem, src):
+    if c.offload and folio_batch_eligible(mem, c.protocol, src):
         row = c.nr_batch
         c.nr_batch += 1
     else:
@@ -391,7 +392,7 @@ def undo_phase(mem, call):
             if step_before(call, STEP_UNDO, src):
                 return STOP_STEP
             dst = call.pair_dst[row]
-            old_page_state, anon_vma = migrate_info_extract(mem, dst)
+            old_page_state, anon_vma = migrate_info_extract(mem, c.protocol, dst)
             migrate_folio_undo_src(mem, call, src, old_page_state & FOLIO_WAS_MAPPED, anon_vma, True, c.batch_ret)
             migrate_folio_undo_dst(mem, call, dst, True)
             call.pair_src[row] = 0

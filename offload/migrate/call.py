@@ -71,11 +71,13 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_split_before",
     # migrate_pages_batch()
     "batch_at", "batch_mode", "batch_from", "batch_ret", "batch_split", "passes", "pass_", "in_pass", "i", "kept",
-    "offload", "retry", "thp_retry", "retry_pages", "failed", "saved", "batch_rc",
+    "protocol", "offload", "retry", "thp_retry", "retry_pages", "failed", "saved", "batch_rc",
     # the folio in hand: migrate_folio_unmap(), migrate_folio_move()
     "dst", "since", "move_at", "old_page_state", "anon_vma", "was_queued", "was_partial",
     # movable_ops: what Python is asked, and the answer
     "callback_owner", "callback_src", "callback_dst", "callback_rc",
+    # the batch copy: whether it failed, and (v4, flags, v5) whether the whole batch list counts as copied
+    "batch_copy_failed", "batch_copied",
     # pairs of the current batch, see Call
     "nr_batch", "nr_single", "pair_size",
     # where an event is wanted

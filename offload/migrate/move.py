@@ -2,8 +2,8 @@
 
 Stands for migrate_folio_move(), move_to_new_folio(), the generic callbacks down to __migrate_folio(),
 __folio_migrate_mapping() and folio_migrate_flags() of mm/migrate.c (v7.3, and where the rule sets differ 6.12 and mm-next),
-with the mark of RFC v6 consumed at the head of __migrate_folio(). Buffer heads are the folio's private data and a lock
-(mm/others.py). Leaves out the callbacks of single file systems, memory cgroups and page_owner.
+with the mark of the batch-copy series consumed at the head of __migrate_folio(). Buffer heads are the folio's private data
+and a lock (mm/others.py). Leaves out the callbacks of single file systems, memory cgroups and page_owner.
 
 A function here may return a STOP_* number (positive): an event is wanted, or the owner of a movable_ops page; the same
 call made again goes on after it. ``move_at`` says from where.
@@ -15,7 +15,8 @@ from offload.intrinsics import clock_ns, ticks
 from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.call import STEP_COPIED, STOP_CALLBACK, STOP_STEP, step_before
 from offload.migrate.state import (
-    FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, folio_take_content_copied, migrate_info_extract, migrate_info_record,
+    FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, folio_hand_down_copied, folio_take_content_copied, migrate_info_extract,
+    migrate_info_record,
 )
 from offload.migrate.unmap import (
     migrate_folio_done, migrate_folio_undo_dst, migrate_folio_undo_src, put_anon_vma,
@@ -159,19 +160,26 @@ def folio_migrate_flags(mem, dst, src):
     old.private = 0
 
 
+@jit_inline
+def on_copied_list(call):
+    """Whether the folio in hand is on a batch list that counts as copied as a whole (v4, flags, v5)."""
+    c = call.state[0]
+    return c.batch_copied != 0 and c.i < c.nr_batch
+
+
 @jit_once
 def __migrate_folio(mem, call, dst, src, move_private):
     """Contents and state of ``src`` to ``dst``: both locked, ``src`` unmapped.
 
     0, -EAGAIN (an unexplained reference; nothing is changed but that the mark of ``dst`` is gone, so that a retry
-    copies afresh), -EHWPOISON (``src`` cannot be read), or a STOP_* number.
+    copies afresh in v6), -EHWPOISON (``src`` cannot be read), or a STOP_* number.
 
-    Kernel: __migrate_folio(), with the mark of RFC v6 2/5.
+    Kernel: __migrate_folio(), with the mark of RFC v6 2/5 or an earlier one (migrate/state.py).
     """
     c = call.state[0]
     expected = folio_expected_ref_count(mem, src) + 1
     if c.move_at == MOVE_CONTENTS:
-        already_copied = folio_take_content_copied(mem, dst)
+        already_copied = folio_take_content_copied(mem, c.protocol, dst, on_copied_list(call))
         if mem.folios[src].refcount != expected:
             return -EAGAIN
         if not already_copied:
@@ -282,12 +290,15 @@ def move_to_new_folio(mem, call, dst, src):
     Also -EBUSY (dirty, or its private data stays) and -EOPNOTSUPP (inaccessible), or what the callback was told to return.
     All callbacks but migrate_folio() take private data along.
     """
+    c = call.state[0]
     folio = mem.folios[src]
     mapping = np.int64(folio.mapping)
     move_private = False
+    if c.move_at == MOVE_CONTENTS and on_copied_list(call):
+        folio_hand_down_copied(mem, c.protocol, dst)
     if mapping > 0 and folio.page_flags & PG_swapcache == 0:        # the swap cache has migrate_folio()
         space = mem.mappings[mapping]
-        if call.state[0].move_at == MOVE_CONTENTS and (space.aops > AOPS_FILEMAP or space.inaccessible or folio.others):
+        if c.move_at == MOVE_CONTENTS and (space.aops > AOPS_FILEMAP or space.inaccessible or folio.others):
             rc = call_migrate_callback(mem, call, src)
             if rc:
                 return rc
@@ -344,7 +355,7 @@ def migrate_folio_move(mem, call, src, dst, since):
     """
     c = call.state[0]
     if c.move_at == MOVE_BEGIN:
-        c.old_page_state, c.anon_vma = migrate_info_extract(mem, dst)
+        c.old_page_state, c.anon_vma = migrate_info_extract(mem, c.protocol, dst)
         c.was_queued = mem.folios[src].order > 1 and mem.folios[src].page_flags & PG_deferred_list != 0
         c.was_partial = mem.folios[src].page_flags & PG_partially_mapped != 0
         c.move_at = MOVE_CONTENTS
@@ -371,7 +382,8 @@ def migrate_folio_move(mem, call, src, dst, since):
                 c.nr_blocked += 1
             if requeue_last:
                 deferred_split_folio(mem, dst, c.was_partial != 0)
-            c.moved_with_copy += 1
+            if not on_copied_list(call) or call.pair_done[c.i]:     # else taken for copied, and garbage
+                c.moved_with_copy += 1
         folio_unlock(mem, dst)
         folio_put(mem, dst)                         # the allocation's reference
         put_anon_vma(mem, c.anon_vma)
@@ -380,7 +392,7 @@ def migrate_folio_move(mem, call, src, dst, since):
         return 0
 
     if rc == -EAGAIN:
-        migrate_info_record(mem, dst, c.old_page_state, c.anon_vma)
+        migrate_info_record(mem, c.protocol, dst, c.old_page_state, c.anon_vma)
         return rc
     migrate_folio_undo_src(mem, call, src, c.old_page_state & FOLIO_WAS_MAPPED, c.anon_vma, True, c.batch_ret)
     migrate_folio_undo_dst(mem, call, dst, True)

@@ -272,14 +272,17 @@ def call_owner(owner, dst, src, mode):
     return rc
 
 
-def offload_copy(mem, call, nr, frames, offload):
-    """Hand the ``nr`` folios of the batch list to the hatch; its completions are left in ``call.pair_done``."""
+def offload_copy(mem, call, nr_batch, frames, offload):
+    """Hand the ``nr_batch`` folios of the batch list to the hatch; its completions are left in ``call.pair_done``, and whether
+    it failed in ``batch_copy_failed``."""
+    nr = nr_batch
     if len(mem.others) > 1 and mem.others.copy_error.any():
         # A CPU routine meets the machine check at the first such folio and stops, with what it has copied before.
         unreadable = np.flatnonzero(mem.others.copy_error[mem.folios.others[call.pair_src[:nr]]])
-        nr = unreadable[0] if len(unreadable) else nr
+        nr = int(unreadable[0]) if len(unreadable) else nr
     batch = FolioBatch(call.pair_dst[:nr], call.pair_src[:nr], call.pair_order[:nr], frames)
-    offload.offload_copy(batch, call.pair_done[:nr])
+    rc = offload.offload_copy(batch, call.pair_done[:nr])
+    plain(call.state)["batch_copy_failed"] = rc != 0 or nr < nr_batch
 
 
 def plain(records):

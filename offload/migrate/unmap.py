@@ -197,7 +197,7 @@ def migrate_folio_unmap(mem, call, src):
             c.since = ticks()
             try_to_migrate(mem, src)
         if folio.mapcount == 0:
-            migrate_info_record(mem, dst, old_page_state, anon_vma)
+            migrate_info_record(mem, c.protocol, dst, old_page_state, anon_vma)
             c.dst = dst
             return 0
         break

@@ -15,6 +15,7 @@ class CpuMt:
     """Copies with ``threads`` threads (1 to 64), the calling one among them; InvalidInput for other numbers."""
 
     name = "cpu_mt"
+    owner = "cpu_mt"
 
     def __init__(self, threads=4, kernel="plain"):
         self.backend = CpuBackend(kernel, threads)

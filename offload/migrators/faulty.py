@@ -29,6 +29,10 @@ class FaultyMigrator:
     def name(self):
         return self.migrator.name
 
+    @property
+    def owner(self):
+        return getattr(self.migrator, "owner", None)
+
     def offload_copy(self, batch, done):
         if self.declines:
             return -EOPNOTSUPP

@@ -15,6 +15,7 @@ class McCopy:
     """Copies with ``kernel`` ("plain" or "stream") on the calling thread; every folio copied is done."""
 
     name = "mc_copy"
+    owner = "mc_copy"
 
     def __init__(self, kernel="plain"):
         self.backend = CpuBackend(kernel)

@@ -198,6 +198,7 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_tables", "free_table",      # page-table pages handed out so far; head of the list of returned ones
     "lru_batch_nr", "lru_disabled",
     "offload_active", "offload_reasons",
+    "protocol",                     # PROTOCOL_*: the rules of the batch copy (migrate/state.py)
     "offload_cpu_kernel",           # 1 + the copy kernel if the CPU routine is on duty; 0: somebody Python must call
     "memory_tiering",               # NUMA_BALANCING_MEMORY_TIERING; nodes with CPUs are the top tier
     "swap_space",                   # row of mappings, 0 without swap

@@ -8,14 +8,14 @@ import os
 from offload.engines import parse_engine
 from offload.errors import InvalidInput
 from offload.report import console, json_target, write_json
-from offload.units import PAGE_SIZE, format_size
+from offload.units import PAGE_SIZE, format_size, parse_protocol
 from offload.workload import snapshot as snap
 from offload.workload.live import read_process
 
 __all__ = ("migrate_job", "snapshot_job")
 
 
-def migrate_job(*, file, pid, engine, move_all, batch_pages, layout_only, validate, json):
+def migrate_job(*, file, pid, engine, move_all, batch_pages, protocol, layout_only, validate, json):
     """`offload migrate`; the exit status: 0 if every page that was moved or left verifies, else 1."""
     if (file is None) == (pid is None):
         raise InvalidInput("give either --pid PID or a FILE that offload snapshot wrote, and not both")
@@ -23,6 +23,7 @@ def migrate_job(*, file, pid, engine, move_all, batch_pages, layout_only, valida
     engine = parse_engine(engine)
     if batch_pages < 1:
         raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
+    parse_protocol(protocol)
     json_target(json)
     from offload.workload.migrate_process import announce_compiling, move_process, print_result, progress_bar, result_of
     from offload.workload.rebuild import rebuild
@@ -38,7 +39,8 @@ def migrate_job(*, file, pid, engine, move_all, batch_pages, layout_only, valida
                 snapshot = without_bytes(snapshot)
     announce_compiling(engine)
     with progress_bar() as step:
-        rebuilt = rebuild(snapshot, batch_pages=batch_pages, copy_kernel=engine.copy_kernel, progress=step("rebuilding"))
+        rebuilt = rebuild(snapshot, batch_pages=batch_pages, protocol=protocol, copy_kernel=engine.copy_kernel,
+                          progress=step("rebuilding"))
         moved = move_process(rebuilt, engine, move_all=move_all, validate=validate)
     result = result_of(moved)
     if json != "-":

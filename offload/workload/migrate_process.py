@@ -267,7 +267,8 @@ def result_of(moved):
             "layout_only": snapshot.layout_only, "folio_sizes_known": snapshot.folio_sizes_known,
             "engine": engine.name, "migrator": moved.migrator_name, "copy_kernel": engine.copy_kernel,
             "threads": engine.threads, "batch_pages": rebuilt.machine.config.batch_pages, "mode": "MIGRATE_SYNC",
-            "reason": "syscall_or_cpuset", "move_all": moved.move_all, "read_ns": snapshot.read_ns,
+            "protocol": rebuilt.machine.config.protocol, "reason": "syscall_or_cpuset", "move_all": moved.move_all,
+            "read_ns": snapshot.read_ns,
         },
         **pages,
         "verified": moved.verified,
@@ -309,7 +310,8 @@ def print_result(result, out):
          f"{': layout only' if manifest['layout_only'] else ''}")
     show(f"engine {manifest['engine']}: migrator {manifest['migrator'] or 'none'}, copy kernel {manifest['copy_kernel']}, "
          f"{manifest['threads']} thread{'s' * (manifest['threads'] > 1)}, batch limit {manifest['batch_pages']} pages; "
-         f"MIGRATE_SYNC, {manifest['reason']}, {'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
+         f"protocol {manifest['protocol']}, MIGRATE_SYNC, {manifest['reason']}, "
+         f"{'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
     show("")
     names = ("pages_seen", "pages_moved", "pages_failed", "pages_skipped")
     rows = [(kind, *(counts[name] for name in names)) for kind, counts in result["kinds"].items()]

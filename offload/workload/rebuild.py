@@ -113,10 +113,10 @@ class Rebuilt:
         return len(self.pages) + sum(one.pages for one in self.skipped)
 
 
-def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, copy_kernel="plain", poison=False, progress=None):
+def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", copy_kernel="plain", poison=False, progress=None):
     """Build a machine of two nodes and the process of ``snapshot`` on node 0 of it: a `Rebuilt`.
 
-    A layout-only snapshot gives a machine of placement "nowhere". ``batch_pages``, ``copy_kernel`` and ``poison`` as in
+    A layout-only snapshot gives a machine of placement "nowhere". ``batch_pages``, ``protocol``, ``copy_kernel`` and ``poison`` as in
     MachineConfig. ``progress(done_pages, total_pages)`` is called now and then.
 
     The snapshot must be consistent, as load() and read_process() have checked. OutOfMemory if the two nodes, which both get
@@ -126,7 +126,7 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, copy_kernel="plai
     runs = _runs(snapshot, skipped)
     plan = _plan_folios(snapshot, runs, skipped)
     nr_pages = int((np.int64(1) << plan.folios.order).sum())
-    machine = _machine(snapshot, nr_pages, batch_pages, copy_kernel, poison)
+    machine = _machine(snapshot, nr_pages, poison, batch_pages=batch_pages, protocol=protocol, copy_kernel=copy_kernel)
     process = machine.process(snapshot.comm or f"pid {snapshot.pid}")
     _map_vmas(machine, process, snapshot, plan)
     _build(machine, process, snapshot, plan, nr_pages, progress)
@@ -481,7 +481,7 @@ def _of(values, numbers):
 
 # --- building it ---------------------------------------------------------------------------------------------
 
-def _machine(snapshot, nr_pages, batch_pages, copy_kernel, poison):
+def _machine(snapshot, nr_pages, poison, **fields):
     block = 1 << MAX_PAGE_ORDER
     node_pages = -(-(nr_pages + nr_pages // 16) // block) * block + 2 * block
     need = 2 * node_pages * MEMMAP_DTYPE.itemsize
@@ -494,8 +494,7 @@ def _machine(snapshot, nr_pages, batch_pages, copy_kernel, poison):
         raise OutOfMemory(f"two nodes for the {format_size(nr_pages * PAGE_SIZE)} of pid {snapshot.pid} need "
                           f"{format_size(need)} and {format_size(available)} are available; {remedy}")
     placement = "nowhere" if snapshot.layout_only else "host"
-    return Machine(MachineConfig(nodes=(NodeConfig(node_pages, placement=placement),) * 2, batch_pages=batch_pages,
-                                 copy_kernel=copy_kernel, poison=poison))
+    return Machine(MachineConfig(nodes=(NodeConfig(node_pages, placement=placement),) * 2, poison=poison, **fields))
 
 
 def _map_vmas(machine, process, snapshot, plan):
