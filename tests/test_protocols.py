@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import test_copy_offload
 from conftest import World, on_duty
 from offload.copy_offload import V5_REASONS
-from offload.errors import Busy, EngineUnavailable, InvalidInput, NotSupported
+from offload.errors import Busy, EngineUnavailable, InvalidInput
 from offload.migrate.pages import Event
 from offload.migrate.state import FOLIO_CONTENT_COPIED
 from offload.migrators.cpu_mt import CpuMt
@@ -99,10 +99,7 @@ class TestWorkedOutcomes:
         folios = [{"name": "m", "kind": "movable_ops", "callback": ["EAGAIN"]}, {"name": "a", "extra_refs": 1}]
         if late:
             folios[1]["extra_refs_from"] = "batch_copy"
-        try:
-            assert run(protocol, folios)[1] == left
-        except NotSupported:
-            pytest.xfail("movable_ops pages are not supported yet")
+        assert run(protocol, folios)[1] == left
 
     @pytest.mark.parametrize("migrator", ["mc_copy", "cpu_mt"])
     @pytest.mark.parametrize("protocol", PROTOCOLS)
