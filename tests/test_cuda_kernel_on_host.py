@@ -1,5 +1,5 @@
 """copy_folios.cu on the CPU: the very source, compiled by g++ with a small shim, under address and undefined-behaviour
-sanitizers, byte for byte against NumPy. And compiled for real devices, by nvcc, without one.
+sanitizers, byte for byte against NumPy. And compiled for real devices, by nvcc and by NVRTC, without one.
 
 Proves indices, bounds, widths and that it compiles without spills; not races, coalescing, the assembly or any speed.
 """
@@ -15,7 +15,9 @@ import pytest
 from kernel_conformance import GUARD_FRAMES, HostArena, KernelConformance
 
 import offload.kernels.cuda_plan
+from offload.errors import EngineUnavailable
 from offload.kernels.base import FRAME_SIZE, MAX_ORDER, CopyPlan
+from offload.kernels.cuda import compile_kernel
 from offload.kernels.cuda_plan import lay_out
 
 SOURCE = pathlib.Path(offload.kernels.cuda_plan.__file__).with_name("copy_folios.cu")
@@ -191,3 +193,18 @@ class TestForDevices:
         assert loads.count("ld.global.L1::no_allocate.v4.u32") == 8 and ptx.count("st.global.cs.v4.u32") == 8
         assert [load for load in loads if ".nc" in load] == ["ld.global.nc.v2.u32"]         # the list of pairs
         assert ptx.rindex("ld.global.L1") < ptx.index("st.global") and "bar.sync" not in ptx and ".shared" not in ptx
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_nvrtc(self, architecture):
+        try:
+            cubin, log = compile_kernel(architecture, "--ptxas-options=-v")
+        except EngineUnavailable as error:
+            pytest.skip(str(error))
+        assert cubin.startswith(b"\x7fELF") and b"copy_folios" in cubin
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
+        assert int(re.search(r"Used (\d+) registers", log)[1]) <= MOST_REGISTERS
+
+    def test_nvrtc_says_what_it_cannot(self):
+        with pytest.raises(EngineUnavailable) as refused:
+            compile_kernel("sm_1")
+        assert "NVRTC" in str(refused.value) and "\n" not in str(refused.value)

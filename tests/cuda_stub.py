@@ -1,0 +1,76 @@
+"""The stub of the CUDA driver (tests/cuda_host/stub_driver.cpp), compiled and loaded. It is no GPU."""
+
+import ctypes
+import functools
+import glob
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+
+import offload.kernels.cuda_driver
+from offload.kernels.cuda_driver import Driver
+from offload.kernels.cuda_engines import Device
+
+HOST = pathlib.Path(__file__).parent / "cuda_host"
+KERNELS = pathlib.Path(offload.kernels.cuda_driver.__file__).parent
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the stub driver with")
+
+
+class StubState(ctypes.Structure):
+    """``struct stub_state``."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (
+        "cap", "fail_copy", "fail_launch", "fail_alloc", "lose_at", "no_batch", "version", "corrupt",
+        "batch_calls", "most_descriptors", "copies", "executed", "launches", "allocs", "frees", "streams", "events", "flags",
+        "blocks", "threads", "lost")]
+
+
+def cuda_include():
+    """The folder of cuda.h, or None."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *sorted(glob.glob("/usr/local/cuda-*"), reverse=True)]
+    return next((home + "/include" for home in homes if home and os.path.exists(home + "/include/cuda.h")), None)
+
+
+def compile_cpp(source, program, *options):
+    """Compile, with cuda.h where there is one, so that it compares the signatures."""
+    include = cuda_include()
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", HOST, "-I", KERNELS,
+         *(["-DHAVE_CUDA_H", "-I", include] if include else []), *options, source, "-o", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def _stub_library():
+    folder = tempfile.TemporaryDirectory()
+    path = pathlib.Path(folder.name, "libstub_cuda.so")
+    compile_cpp(HOST / "stub_driver.cpp", path, "-shared", "-fPIC", "-fvisibility=hidden")
+    return folder, path
+
+
+class Stub:
+    """A Driver over the stub, its ``state``, and what a Device said, in ``lines``."""
+
+    def __init__(self):
+        path = _stub_library()[1]
+        self.path = path
+        self.state = StubState.in_dll(ctypes.CDLL(str(path)), "stub")
+        self.reset()
+        self.driver = Driver(path)
+        self.lines = []
+
+    def reset(self):
+        for name, _ in StubState._fields_:
+            if name not in ("streams", "events"):   # what earlier tests hold
+                setattr(self.state, name, 0)
+        self.state.cap, self.state.version = 1 << 20, 12080
+        for name in ("fail_copy", "fail_launch", "fail_alloc", "lose_at"):
+            setattr(self.state, name, -1)
+
+    def device(self):
+        return Device(self.driver, 0, lambda capability: b"stub image", self.lines.append)
