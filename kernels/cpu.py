@@ -4,25 +4,36 @@
 page, also inside a large folio. *Streaming* writes past the caches. The split over threads stands for the cpu_mt
 migrator of the series (RFC v3, dropped in v4; not merged), without its lost tail.
 
+Threads that copy stand ready for the next batch (:class:`Workers`) and run compiled code without the GIL.
+
 With the JIT disabled both twins are ctypes.memmove.
 """
 
-import concurrent.futures
 import ctypes
+import functools
+import signal
+import threading
+import weakref
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from offload.errors import InvalidInput
+from offload.intrinsics import clock_ns
 from offload.jit import JIT_DISABLED, jit, jit_entry, jit_inline
-from offload.kernels.base import CACHE_LINE, FRAME_SHIFT, FRAME_SIZE, CopyPlan
+from offload.kernels.base import CACHE_LINE, DMA_TRANS_ABORTED, FRAME_SHIFT, FRAME_SIZE, CopyPlan
+from offload.kernels.semaphore import SEM_WORDS, sem_init, sem_post, sem_timedwait, sem_trywait, sem_wait
+from offload.table import make_unpack, pack
 from offload.units import ENOMEM
 
-__all__ = ("KERNELS", "KERNEL_PLAIN", "KERNEL_STREAM", "MAX_THREADS", "CpuBackend", "split_folios", "copy_folios",
-           "copy_bytes", "copy_plain", "copy_stream", "stream_fence", "prefetch", "prefetch_write")
+__all__ = ("KERNELS", "KERNEL_PLAIN", "KERNEL_STREAM", "MAX_THREADS", "CpuBackend", "Workers", "JOB_RING", "first_folio",
+           "submit_job", "issue_jobs", "wait_for_jobs", "abort_jobs", "copy_folios", "copy_bytes", "copy_plain",
+           "copy_stream", "stream_fence", "prefetch", "prefetch_write")
 
 KERNELS = ("plain", "stream")
 KERNEL_PLAIN = 0
@@ -102,6 +113,12 @@ if JIT_DISABLED:
 
     def prefetch_write(address):
         return 0
+
+    def words_at(address, length):
+        return np.ctypeslib.as_array((ctypes.c_int64 * int(length)).from_address(int(address)))
+
+    def bytes_at(address, length):
+        return np.ctypeslib.as_array((ctypes.c_uint8 * int(length)).from_address(int(address)))
 else:
     @intrinsic
     def _memcpy(typingctx, dst, src, nbytes):
@@ -149,6 +166,22 @@ else:
             emit_prefetch(builder, args[0], 1)
             return _word(0)
         return types.int64(types.int64), codegen
+
+    def _array_at(dtype):
+        @intrinsic
+        def array_at(typingctx, address, length):
+            def codegen(context, builder, signature, args):
+                array = context.make_array(signature.return_type)(context, builder)
+                itemsize = context.get_constant(types.intp, dtype.bitwidth // 8)
+                populate_array(array, data=builder.inttoptr(args[0], array.data.type),
+                               shape=cgutils.pack_array(builder, [args[1]]),
+                               strides=cgutils.pack_array(builder, [itemsize]), itemsize=itemsize, meminfo=None)
+                return array._getvalue()
+            return types.Array(dtype, 1, "C")(types.int64, types.int64), codegen
+        return array_at
+
+    words_at, bytes_at = _array_at(types.int64), _array_at(types.uint8)
+    """The array of ``length`` int64, or uint8, at ``address``. Whoever handed the address over keeps it alive."""
 
 
 # 2. Runs of bytes.
@@ -241,7 +274,7 @@ def copy_folios(kernel, dst_base, src_base, dst, src, order, start, stop, done):
     return 0
 
 
-@jit_entry
+@jit
 def _copy_pieces(kernel, dst_base, src_base, dst, src, order, piece, pieces):
     # Of every folio, piece number ``piece`` of ``pieces``: equal to within one page, or one cache line where there
     # are fewer pages than pieces. The last ends where the folio ends, so that no tail is lost.
@@ -258,31 +291,300 @@ def _copy_pieces(kernel, dst_base, src_base, dst, src, order, piece, pieces):
     return 0
 
 
-def split_folios(nr_folios, threads):
-    """(start, stop) of each thread's folios, in order: floor(n / t), and one more for the first n mod t threads."""
-    each, rest = divmod(nr_folios, threads)
-    starts = [i * each + min(i, rest) for i in range(threads + 1)]
-    return list(zip(starts, starts[1:]))
+@jit_inline
+def first_folio(nr_folios, threads, i):
+    # Of thread i: each has floor(n / t), and one more for the first n mod t threads.
+    return i * (nr_folios // threads) + min(i, nr_folios % threads)
+
+
+# 4. Threads that stand ready.
+
+JOB_RING = 32
+"""Jobs that may be submitted to a worker and not be waited for yet."""
+
+_COPY_FOLIOS, _COPY_PIECE, _LEAVE = range(3)
+
+_CHUNK_BYTES = 4 << 20
+"""How much a worker copies before it looks whether it is to stop: under a millisecond."""
+
+_SPIN_NS = 20_000
+"""How long a thread that waits looks before it sleeps; being woken takes longer than this on a virtual machine."""
+
+
+class WorkerTable(NamedTuple):
+    """What workers and their clients share: int64 arrays, with a row for each worker or for each job.
+
+    A worker's jobs are a ring of JOB_RING rows. Client and worker each count through it; ``wake`` has one for each job
+    issued, ``ready`` one for each that has ended. Only the client writes a row, while the job is not issued.
+    """
+
+    wake: np.ndarray        # addresses of the semaphores
+    ready: np.ndarray
+    submitted: np.ndarray   # counts, kept by the client: submitted >= issued >= ended
+    issued: np.ndarray
+    ended: np.ndarray
+    abort: np.ndarray       # not 0: end every job without copying on
+    what: np.ndarray        # one row a job from here on
+    kernel: np.ndarray
+    dst_base: np.ndarray
+    src_base: np.ndarray
+    dst: np.ndarray         # addresses of the plan's arrays
+    src: np.ndarray
+    order: np.ndarray
+    nr_folios: np.ndarray
+    done: np.ndarray
+    start: np.ndarray       # the share: folios from start to stop - 1, or piece number start of stop pieces
+    stop: np.ndarray
+
+
+_JOB_FIELDS = WorkerTable._fields[WorkerTable._fields.index("what"):]
+
+_unpack = make_unpack("WorkerTable", WorkerTable(*[np.int64] * len(WorkerTable._fields)))
+
+
+@jit
+def _run_job(workers, worker, job):
+    nr_folios, start, stop = workers.nr_folios[job], workers.start[job], workers.stop[job]
+    kernel, dst_base, src_base = workers.kernel[job], workers.dst_base[job], workers.src_base[job]
+    dst, src = words_at(workers.dst[job], nr_folios), words_at(workers.src[job], nr_folios)
+    order = bytes_at(workers.order[job], nr_folios)
+    if workers.what[job] == _COPY_PIECE:
+        _copy_pieces(kernel, dst_base, src_base, dst, src, order, start, stop)
+        return 0
+    done = bytes_at(workers.done[job], nr_folios)
+    while start < stop and workers.abort[worker] == 0:
+        end, nbytes = start, 0
+        while end < stop and nbytes < _CHUNK_BYTES:
+            nbytes += np.int64(FRAME_SIZE) << order[end]
+            end += 1
+        copy_folios(kernel, dst_base, src_base, dst, src, order, start, end, done)
+        start = end
+    for i in range(start, stop):
+        done[i] = DMA_TRANS_ABORTED
+    return 0
+
+
+@jit_entry
+def _run_worker(table, worker):
+    # A worker's life: sleep, do the next job of the ring, say so.
+    workers = _unpack(table)
+    at = 0
+    while True:
+        while sem_wait(workers.wake[worker]) != 0:
+            pass                                    # a signal
+        job = worker * JOB_RING + at
+        at = (at + 1) % JOB_RING
+        if workers.what[job] == _LEAVE:
+            return 0
+        _run_job(workers, worker, job)
+        sem_post(workers.ready[worker])
+
+
+@jit_inline
+def _submit(workers, worker, what, kernel, dst_base, src_base, dst, src, order, done, start, stop):
+    job = worker * JOB_RING + workers.submitted[worker] % JOB_RING
+    workers.what[job] = what
+    workers.kernel[job] = kernel
+    workers.dst_base[job], workers.src_base[job] = dst_base, src_base
+    workers.dst[job], workers.src[job] = dst.ctypes.data, src.ctypes.data
+    workers.order[job], workers.nr_folios[job] = order.ctypes.data, len(order)
+    workers.done[job] = done.ctypes.data
+    workers.start[job], workers.stop[job] = start, stop
+    workers.submitted[worker] += 1
+    return workers.submitted[worker]
+
+
+@jit_inline
+def _issue(workers, worker):
+    while workers.issued[worker] < workers.submitted[worker]:
+        workers.issued[worker] += 1
+        sem_post(workers.wake[worker])
+
+
+@jit
+def _wait(workers, worker, count, timeout_ns):
+    # Until ``count`` jobs have ended: 0. Or -1: a signal came, or ``timeout_ns`` is over.
+    until = clock_ns() + _SPIN_NS
+    while workers.ended[worker] < count:
+        if sem_trywait(workers.ready[worker]) == 0:
+            workers.ended[worker] += 1
+        elif clock_ns() >= until:
+            if sem_timedwait(workers.ready[worker], timeout_ns) != 0:
+                return -1
+            workers.ended[worker] += 1
+    return 0
+
+
+_FOREVER_NS = 1 << 60
+
+
+@jit
+def _wait_out(workers, worker, count):
+    while _wait(workers, worker, count, _FOREVER_NS) != 0:
+        pass                                        # Python handles the signal later: nobody must copy then
+
+
+def _undivided(function):
+    """Let Ctrl-C strike before or after ``function``, not in it. Compiled code is so by nature."""
+    @functools.wraps(function)
+    def call(*args):
+        if threading.current_thread() is not threading.main_thread():
+            return function(*args)
+        came = []
+        before = signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
+        try:
+            return function(*args)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if came:
+                signal.raise_signal(signal.SIGINT)
+
+    return call if JIT_DISABLED else function
+
+
+@_undivided
+@jit_entry
+def submit_job(table, worker, kernel, dst_base, src_base, dst, src, order, done):
+    """Give a plan to ``worker``, not to be started yet; returns how many it has been given by now.
+
+    At most JOB_RING may be under way. The arrays are the caller's, and stay as they are until the job has ended; done[i]
+    is then 1, or DMA_TRANS_ABORTED after abort_jobs().
+    """
+    return _submit(_unpack(table), worker, _COPY_FOLIOS, kernel, dst_base, src_base, dst, src, order, done, 0, len(order))
+
+
+@_undivided
+@jit_entry
+def issue_jobs(table, worker):
+    """Start what ``worker`` has been given; returns 0 at once."""
+    _issue(_unpack(table), worker)
+    return 0
+
+
+@_undivided
+@jit_entry
+def wait_for_jobs(table, worker, count, timeout_ns):
+    """Sleep until the first ``count`` jobs given to ``worker`` have ended: 0.
+
+    -1 if ``timeout_ns`` passes or a signal arrives before: look at a clock, and call again to go on.
+    """
+    return _wait(_unpack(table), worker, count, timeout_ns)
+
+
+@_undivided
+@jit_entry
+def abort_jobs(table, worker):
+    """End all jobs of ``worker``, issued or not, as soon as it stops copying; returns 0 when it has stopped."""
+    workers = _unpack(table)
+    workers.abort[worker] = 1
+    _issue(workers, worker)
+    _wait_out(workers, worker, workers.issued[worker])
+    workers.abort[worker] = 0
+    return 0
+
+
+@_undivided
+@jit_entry
+def _copy_on_all(table, threads, kernel, dst_base, src_base, dst, src, order, done):
+    # The first share is the caller's own. Nobody copies any more on return.
+    workers = _unpack(table)
+    nr_folios = len(order)
+    whole = nr_folios >= threads
+    for i in range(1, threads):
+        if whole:
+            _submit(workers, i - 1, _COPY_FOLIOS, kernel, dst_base, src_base, dst, src, order, done,
+                    first_folio(nr_folios, threads, i), first_folio(nr_folios, threads, i + 1))
+        else:
+            _submit(workers, i - 1, _COPY_PIECE, kernel, dst_base, src_base, dst, src, order, done, i, threads)
+        _issue(workers, i - 1)
+    if whole:
+        copy_folios(kernel, dst_base, src_base, dst, src, order, 0, first_folio(nr_folios, threads, 1), done)
+    else:
+        _copy_pieces(kernel, dst_base, src_base, dst, src, order, 0, threads)
+    for i in range(1, threads):
+        _wait_out(workers, i - 1, workers.issued[i - 1])
+    if not whole:
+        done[:] = 1
+    return 0
+
+
+class Workers:
+    """Up to ``number`` threads that stand ready to copy; each is started when it is first needed.
+
+    They run compiled code and sleep on a semaphore, so that a job costs no switch of the GIL. No thread outlives
+    :meth:`close`, the last reference to this object or the interpreter.
+    """
+
+    def __init__(self, number):
+        words = {name: number * (JOB_RING if name in _JOB_FIELDS else 1) for name in WorkerTable._fields}
+        self._arrays = WorkerTable(**{name: np.zeros(size, np.int64) for name, size in words.items()})
+        self._semaphores = np.zeros(2 * number * SEM_WORDS, np.int64)
+        addresses = self._semaphores.ctypes.data + 8 * SEM_WORDS * np.arange(2 * number)
+        self._arrays.wake[:], self._arrays.ready[:] = addresses[:number], addresses[number:]
+        for address in addresses.tolist():
+            sem_init(address)
+        self.table = pack(self._arrays)
+        self._threads = {}
+        keep = self._arrays, self._semaphores
+        self._stop = weakref.finalize(self, _stop_workers, self.table, self._threads, keep)
+
+    def start(self, worker):
+        """Have ``worker`` ready; False if the system gives no thread."""
+        if worker in self._threads:
+            return True
+        # A life of no jobs, so that what has to be compiled is compiled by the caller.
+        _leave(self.table, worker)
+        _run_worker(self.table, worker)
+        self._arrays.submitted[worker] = self._arrays.issued[worker] = 0
+        thread = threading.Thread(target=_run_worker, args=(self.table, worker), name=f"copy_{worker}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._threads[worker] = thread
+        return True
+
+    def close(self):
+        """End the threads, after what they are copying. The object is of no more use."""
+        self._stop()
+
+
+@_undivided
+@jit_entry
+def _leave(table, worker):
+    workers = _unpack(table)
+    job = worker * JOB_RING + workers.submitted[worker] % JOB_RING
+    workers.what[job] = _LEAVE
+    workers.submitted[worker] += 1
+    _issue(workers, worker)
+    return 0
+
+
+def _stop_workers(table, threads, keep):
+    for worker in threads:
+        _leave(table, worker)
+    for thread in threads.values():
+        thread.join()
+    threads.clear()
 
 
 class CpuBackend:
     """Copies with one kernel (``"plain"`` or ``"stream"``) on ``threads`` threads, the calling one among them.
 
-    With at least as many folios as threads each thread takes whole folios, in order; with fewer, every folio is
-    cut into one piece per thread. Keeps the promises of :class:`~offload.kernels.base.CopyBackend`; fails only
-    with -ENOMEM, when the system gives no thread. One call at a time. The threads are started by the first copy
-    that needs them and stay until :meth:`close` or the end of a ``with`` block.
+    With at least as many folios as threads each thread takes whole folios, in order: floor(n / t), and one more for the
+    first n mod t threads. With fewer, every folio is cut into one piece per thread. Keeps the promises of
+    :class:`~offload.kernels.base.CopyBackend`; fails only with -ENOMEM, when the system gives no thread, and has then
+    copied nothing. One call at a time. The threads are started by the first copy that needs them and stay until
+    :meth:`close` or the end of a ``with`` block.
     """
 
     def __init__(self, kernel="plain", threads=1):
-        if kernel not in KERNELS:
-            raise InvalidInput(f"kernel {kernel!r} is not known; use one of: {', '.join(KERNELS)}")
+        self._kernel = kernel_id(kernel)
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
             raise InvalidInput(f"threads {threads!r} cannot be; give a number from 1 to {MAX_THREADS}")
         self.kernel = kernel
         self.threads = threads
-        self._kernel = KERNELS.index(kernel)
-        self._pool = None
+        self._workers = None
 
     @property
     def name(self):
@@ -299,41 +601,30 @@ class CpuBackend:
 
     def close(self):
         """Stop the threads. A later copy starts them again."""
-        pool, self._pool = self._pool, None
-        if pool:
-            pool.shutdown()
+        workers, self._workers = self._workers, None
+        if workers:
+            workers.close()
 
     def copy(self, plan: CopyPlan, done) -> int:
-        """Carry out ``plan``; see :meth:`offload.kernels.base.CopyBackend.copy`."""
+        """Carry out ``plan``; see :meth:`offload.kernels.base.CopyBackend.copy`. Ctrl-C waits for the threads."""
         nr_folios = len(plan.order)
         if self.threads == 1 or nr_folios == 0:
             return copy_folios(self._kernel, *plan, 0, nr_folios, done)
-        if nr_folios >= self.threads:
-            return self._on_all(copy_folios, [(self._kernel, *plan, start, stop, done)
-                                              for start, stop in split_folios(nr_folios, self.threads)])
-        error = self._on_all(_copy_pieces, [(self._kernel, *plan, piece, self.threads)
-                                            for piece in range(self.threads)])
-        if not error:
-            done[:] = 1
-        return error
-
-    def _on_all(self, function, shares):
-        # The first share is the caller's own. Nobody copies any more on return, nor after an exception.
-        if self._pool is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(self.threads - 1, "copy")
-        futures = []
-        try:
-            for share in shares[1:]:
-                futures.append(self._pool.submit(function, *share))
-            function(*shares[0])
-            for future in futures:
-                future.result()
-        except RuntimeError:
-            # No new thread. The share that wanted one is queued all the same, and must not run later.
-            pool, self._pool = self._pool, None
-            pool.shutdown(cancel_futures=True)
+        if self._workers is None and not self._start():
             return -ENOMEM
-        except BaseException:                       # Ctrl-C, most likely while this thread waits for the others
-            concurrent.futures.wait(futures)
-            raise
-        return 0
+        return _copy_on_all(self._workers.table, self.threads, self._kernel, *plan, done)
+
+    def _start(self):
+        workers = Workers(self.threads - 1)
+        if all(workers.start(worker) for worker in range(self.threads - 1)):
+            self._workers = workers
+            return True
+        workers.close()
+        return False
+
+
+def kernel_id(kernel):
+    """KERNEL_PLAIN or KERNEL_STREAM of a name; InvalidInput for any other."""
+    if kernel not in KERNELS:
+        raise InvalidInput(f"kernel {kernel!r} is not known; use one of: {', '.join(KERNELS)}")
+    return KERNELS.index(kernel)

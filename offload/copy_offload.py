@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from offload.errors import Busy, EngineUnavailable, InvalidInput
-from offload.units import EOPNOTSUPP, PROTOCOL_V5, PROTOCOL_V6, PROTOCOLS, MigrateReason
+from offload.units import EOPNOTSUPP, PROTOCOL_V5, PROTOCOL_V6, PROTOCOLS, MigrateReason, parse_unsigned
 
 __all__ = ("FolioBatch", "Migrator", "CopyOffload", "parse_reason_mask", "format_reason_mask", "ALL_REASONS",
            "V5_REASONS", "WRITTEN_UNMARKED")
@@ -169,18 +169,9 @@ def parse_reason_mask(text):
         return int(text) & ALL_REASONS
     if not isinstance(text, str):
         raise InvalidInput(f"reasons {text!r} is neither text nor a mask; write for instance 'demotion,compaction'")
-    number = text[:-1] if text.endswith("\n") else text
-    number = number.removeprefix("+") if not number.startswith("++") else number
-    digits, base = number, 10
-    if number[:2].lower() == "0x":
-        digits, base = number[2:], 16
-    elif len(number) > 1 and number.startswith("0"):
-        digits, base = number[1:], 8
-    if digits.isalnum() and digits.isascii():
-        try:
-            return int(digits, base) & ALL_REASONS
-        except ValueError:
-            pass                                    # a word
+    number = parse_unsigned(text)
+    if number is not None:
+        return number & ALL_REASONS
     mask = 0
     names = {reason.trace_name: reason for reason in MigrateReason}
     for token in text.strip().split(","):

@@ -8,6 +8,7 @@ import numpy as np
 from offload.errors import InvalidInput, NotSupported, OutOfMemory
 from offload.machine import Machine, MachineConfig, NodeConfig
 from offload.migrators.cpu_mt import CpuMt
+from offload.migrators.dcbm import Dcbm
 from offload.migrators.faulty import FaultyMigrator
 from offload.migrators.mc_copy import McCopy
 from offload.mm.fault import zap_range
@@ -17,7 +18,8 @@ from offload.units import NR_MAX_BATCHED_MIGRATION, PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ("not_supported", "check_offload", "make_migrator", "make_machine", "page_entries", "change_entries", "zap")
 
-MIGRATORS = {"mc_copy": (McCopy, ("kernel",)), "cpu_mt": (CpuMt, ("threads", "kernel"))}
+MIGRATORS = {"mc_copy": (McCopy, ("kernel",)), "cpu_mt": (CpuMt, ("threads", "kernel")),
+             "dcbm": (Dcbm.on_cpu, ("channels", "kernel", "completion", "iommu_merges"))}
 """Migrators that a scenario can name, with their options."""
 OFFLOAD_FIELDS = ("protocol", "migrator", "reasons", "declines", "fails_after", "marks")
 
@@ -31,8 +33,6 @@ def check_offload(given):
         return
     migrator = given.get("migrator", "mc_copy")
     if migrator not in MIGRATORS:
-        if migrator == "dcbm":
-            not_supported("offload.migrator", migrator, f"use one of: {', '.join(MIGRATORS)}")
         raise Fault("offload.migrator", f"{shown(migrator)} is not a registered name", "use one of: " + ", ".join(MIGRATORS))
     options = MIGRATORS[migrator][1]
     for key in given:

@@ -26,7 +26,7 @@ __all__ = (
     "MR_MEMPOLICY_MBIND", "MR_NUMA_MISPLACED", "MR_CONTIG_RANGE", "MR_LONGTERM_PIN", "MR_DEMOTION", "MR_DAMON",
     "RULES_6_12", "RULES_7_3", "RULES_MM_NEXT", "RULE_SETS",
     "PROTOCOLS", "PROTOCOL_V6", "PROTOCOL_V5", "PROTOCOL_FLAGS", "PROTOCOL_V4", "parse_protocol",
-    "parse_size", "format_size", "parse_mode", "parse_reason",
+    "parse_size", "format_size", "parse_unsigned", "parse_mode", "parse_reason",
 )
 
 PAGE_SHIFT = 12
@@ -119,6 +119,24 @@ def parse_protocol(text):
     if not isinstance(text, str) or text not in PROTOCOLS:
         raise InvalidInput(f"protocol {text!r} is not known; use one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS.index(text)
+def parse_unsigned(text):
+    """An unsigned number as kstrtoul(text, 0) reads it (lib/kstrtox.c), or None if it is none.
+
+    Decimal, 0x or leading 0 octal; one leading ``+`` and one final newline at most, no blanks.
+    """
+    number = text[:-1] if text.endswith("\n") else text
+    number = number.removeprefix("+") if not number.startswith("++") else number
+    digits, base = number, 10
+    if number[:2].lower() == "0x":
+        digits, base = number[2:], 16
+    elif len(number) > 1 and number.startswith("0"):
+        digits, base = number[1:], 8
+    if not (digits.isalnum() and digits.isascii()):
+        return None
+    try:
+        return int(digits, base)
+    except ValueError:
+        return None
 
 
 def parse_mode(text):

@@ -9,7 +9,7 @@ import pytest
 import offload
 from conftest import World, on_duty
 from offload.cli import main
-from offload.engines import CUDA_ENGINES, MAX_THREADS, list_engines, parse_engine
+from offload.engines import CUDA_ENGINES, MAX_CHANNELS, MAX_THREADS, list_engines, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput
 
 
@@ -20,6 +20,7 @@ class TestParseEngine:
         ("vanilla", None, "plain", 1, "plain:1"), ("vanilla+stream", None, "stream", 1, "stream:1"),
         ("batch", "mc_copy", "plain", 1, "plain:1"), ("batch+stream", "mc_copy", "stream", 1, "stream:1"),
         ("mt:1", "cpu_mt", "plain", 1, "plain:1"), ("mt:64+stream", "cpu_mt", "stream", 64, "stream:64"),
+        ("dma:2", "dcbm", "plain", 2, "plain:2"), ("dma:16+stream", "dcbm", "stream", 16, "stream:16"),
     ])
     def test_known(self, text, migrator, kernel, threads, limit):
         engine = parse_engine(text)
@@ -28,17 +29,19 @@ class TestParseEngine:
 
     def test_name_is_canonical(self):
         assert parse_engine(" mt:04+stream ").name == "mt:4+stream"
+        assert parse_engine("dma:02").name == "dma:2"
         assert parse_engine(" batch ").name == "batch"
 
     @pytest.mark.parametrize("text", ["", "mc_copy", "mt", "mt:", "mt:0", f"mt:{MAX_THREADS + 1}", "mt:-1", "mt:x", "mt:1.5",
+                                      "dma", "dma:0", f"dma:{MAX_CHANNELS + 1}", "dma:2+fast",
                                       "mt:²", "batch:2", "batch+", "batch+fast", "vanilla:1", "+stream", "batch+stream+stream",
                                       None, 7])
     def test_unknown(self, text):
         with pytest.raises(InvalidInput) as refused:
             parse_engine(text)
-        assert "mt:" in str(refused.value) and "\n" not in str(refused.value)
+        assert ("dma:" if str(text).startswith("dma") else "mt:") in str(refused.value) and "\n" not in str(refused.value)
 
-    @pytest.mark.parametrize("text", [*CUDA_ENGINES, "cuda-loop:4", "dma:2", "auto", "cuda-kernel+stream"])
+    @pytest.mark.parametrize("text", [*CUDA_ENGINES, "cuda-loop:4", "auto", "cuda-kernel+stream"])
     def test_not_here(self, text):
         with pytest.raises(EngineUnavailable, match="not available") as refused:
             parse_engine(text)
@@ -51,7 +54,7 @@ class TestMakeMigrator:
     def test_vanilla_has_none(self):
         assert parse_engine("vanilla").make_migrator() is None
 
-    @pytest.mark.parametrize("name", ["batch", "batch+stream", "mt:2", "mt:2+stream"])
+    @pytest.mark.parametrize("name", ["batch", "batch+stream", "mt:2", "mt:2+stream", "dma:2", "dma:2+stream"])
     def test_copies(self, name):
         engine = parse_engine(name)
         assert engine.make_migrator() is not engine.make_migrator()
@@ -70,7 +73,7 @@ class TestListEngines:
     def test_reasons(self):
         listed = {name: reason for name, _, _, reason in list_engines()}
         assert [name for name, reason in listed.items() if reason is None] == ["vanilla[+stream]", "batch[+stream]",
-                                                                            "mt:N[+stream]"]
+                                                                            "mt:N[+stream]", "dma:N[+stream]"]
         for name, reason in listed.items():
             concrete = re.sub(r"\[.*?\]", "", name).replace("N", "2")
             if reason is None:
@@ -133,7 +136,7 @@ class TestCommandLine:
         assert re.fullmatch(r"offload: [^\n]+ See offload .*--help\n", done.stderr)
 
     @pytest.mark.parametrize("args", [("bench", "--engines", "warp"), ("bench", "--size", "4097"),
-                                      ("bench", "--engines", "dma:2"), ("bench", "--mode", "eager"),
+                                      ("bench", "--engines", "dma:17"), ("bench", "--mode", "eager"),
                                       ("bench", "--orders", "11"), ("bench", "--json", "/nonexistent/out.json"),
                                       ("run", "--json", "/nonexistent/out.json", "x"), ("migrate", "--pid", "x")])
     def test_wrong_values(self, run, args):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import llvmlite.binding as llvm
 import numba
@@ -23,7 +22,7 @@ from offload.jit import JIT_DISABLED, jit_entry
 from offload.kernels import cpu
 from offload.kernels.base import FRAME_SIZE, CopyPlan, checked_plan
 from offload.kernels.cpu import (KERNEL_PLAIN, KERNEL_STREAM, KERNELS, CpuBackend, copy_bytes, copy_folios,
-                                 copy_plain, copy_stream, prefetch, prefetch_write, split_folios, stream_fence)
+                                 copy_plain, copy_stream, first_folio, prefetch, prefetch_write, stream_fence)
 from offload.units import ENOMEM
 
 
@@ -77,6 +76,11 @@ def call_copy_bytes(kernel, dst, src, nbytes):
 @jit_entry
 def call_prefetches(address):
     return prefetch(address) + prefetch_write(address) + stream_fence()
+
+
+@jit_entry
+def call_first_folio(nr_folios, threads, i):
+    return first_folio(nr_folios, threads, i)
 
 
 def two_arenas(nr_frames, seed=0):
@@ -288,26 +292,47 @@ class TestBackend:
             assert backend.copy(plan, done) == 0 and done.all()
         assert verdicts(plan, before, (dst.read(), src.read())) == []
 
-    def test_nobody_copies_any_more_when_an_interrupt_is_raised(self):
-        finished = []
-
-        def share(thread):
-            if thread:
-                time.sleep(0.05)                    # the calling thread waits for this one by then
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                time.sleep(0.05)
-            finished.append(thread)
-
-        with CpuBackend(threads=2) as backend:
+    @pytest.mark.parametrize("nr_folios", [2, 64])
+    def test_nobody_copies_any_more_when_an_interrupt_is_raised(self, nr_folios):
+        dst, src = two_arenas(nr_folios << 5)
+        frames = np.arange(nr_folios) << 5
+        plan = checked_plan(dst.base, src.base, frames, frames[::-1], [5] * nr_folios)
+        with CpuBackend(threads=4) as backend:
+            backend.copy(plan, np.zeros(nr_folios, np.uint8))
+            interrupt = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
-                backend._on_all(share, [(0,), (1,)])
-            assert finished == [0, 1]
+                interrupt.start()
+                while True:
+                    backend.copy(plan, np.zeros(nr_folios, np.uint8))
+            shared = backend._workers._arrays
+            assert shared.issued.any() and (shared.issued == shared.ended).all()
+            dst.write(np.zeros_like(dst.read()))
+            before, done = (dst.read(), src.read()), np.zeros(nr_folios, np.uint8)
+            assert backend.copy(plan, done) == 0 and done.all()
+            assert verdicts(plan, before, (dst.read(), src.read())) == []
+
+    def test_forgotten_threads_end_with_the_backend(self):
+        dst, src = two_arenas(8)
+        plan = checked_plan(dst.base, src.base, range(8), range(8), [0] * 8)
+        backend = CpuBackend(threads=3)
+        backend.copy(plan, np.zeros(8, np.uint8))
+        threads = list(backend._workers._threads.values())
+        assert len(threads) == 2 and all(thread.is_alive() for thread in threads)
+        del backend
+        assert not any(thread.is_alive() for thread in threads)
+
+    def test_forgotten_threads_do_not_keep_the_interpreter(self):
+        code = ("import numpy as np; from offload.kernels.base import CopyPlan; from offload.kernels.cpu import CpuBackend;"
+                "memory = np.zeros(1 << 16, np.uint8); base = memory.ctypes.data + 63 & ~63; backend = CpuBackend(threads=3);"
+                "frames = np.arange(3);"
+                "backend.copy(CopyPlan(base, base, frames, frames + 4, np.zeros(3, np.uint8)), np.zeros(3, np.uint8))")
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stderr) == (0, "")
 
     @pytest.mark.parametrize("n, t, counts", [(4, 4, [1, 1, 1, 1]), (7, 3, [3, 2, 2]), (512, 12, [43] * 8 + [42] * 4)])
     def test_whole_folios_are_shared_in_order(self, n, t, counts):
-        shares = split_folios(n, t)
-        assert [stop - start for start, stop in shares] == counts
-        assert [i for start, stop in shares for i in range(start, stop)] == list(range(n))
+        first = [call_first_folio(n, t, i) for i in range(t + 1)]
+        assert np.diff(first).tolist() == counts and (first[0], first[-1]) == (0, n)
 
 
 class TestTail:

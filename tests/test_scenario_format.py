@@ -83,11 +83,13 @@ LEFT_OUT = [
     (with_folio(kind="file", aops="buffer"), 'folios[0].aops: "buffer" is not supported yet; use filemap or migrate_folio'),
     (with_folio(swapcache=True), "folios[0].swapcache: true is not supported yet; remove it, or use a version that has it"),
     (folio_file(offload={"protocol": "v4"}), 'offload.protocol: "v4" is not supported yet; use "v6"'),
-    (folio_file(offload={"migrator": "dcbm"}), 'offload.migrator: "dcbm" is not supported yet; use one of: mc_copy, cpu_mt'),
 ]
 
 WRONG_OPTIONS = [
-    ({"migrator": "magic"}, 'offload.migrator: "magic" is not a registered name; use one of: mc_copy, cpu_mt'),
+    ({"migrator": "magic"}, 'offload.migrator: "magic" is not a registered name; use one of: mc_copy, cpu_mt, dcbm'),
+    ({"migrator": "dcbm", "channels": 17}, "offload: nr_dma_chan 17 cannot be; give a number from 1 to 16; correct the migrator's options"),
+    ({"migrator": "dcbm", "completion": "first"}, "offload: completion 'first' is not known; use one of: descriptor, last; "
+     "correct the migrator's options"),
     ({"migrator": "mc_copy", "threads": 2}, "offload.threads: 2 is for no option of mc_copy; use one of: protocol, "
      "migrator, reasons, declines, fails_after, marks, kernel"),
 ]
