@@ -119,6 +119,8 @@ def parse_protocol(text):
     if not isinstance(text, str) or text not in PROTOCOLS:
         raise InvalidInput(f"protocol {text!r} is not known; use one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS.index(text)
+
+
 def parse_unsigned(text):
     """An unsigned number as kstrtoul(text, 0) reads it (lib/kstrtox.c), or None if it is none.
 
