@@ -139,6 +139,29 @@ class TestCompaction:
         result = compact_node(world.machine, 0, mode=mode)
         assert self.succeeded(result) == isolated and len(result.calls[0].left) == 0
 
+    @pytest.mark.parametrize("mode, aops, moved", [
+        ("MIGRATE_ASYNC", "none", 0), ("MIGRATE_ASYNC", "filemap", 1), ("MIGRATE_SYNC_LIGHT", "none", 0), ("MIGRATE_SYNC", "none", 0)])
+    def test_dirty(self, mode, aops, moved):
+        """A dirty folio whose file system cannot migrate is not even isolated, unless the caller would wait for anything."""
+        world = World(2048)
+        _, pfns = world.map(1, file=world.machine.file("4K", aops=aops), shared=True)
+        world.machine.fragment(0, 3)
+        world.dirty(pfns[0])
+        world.machine.mem.nodes.nr_file_dirty[0] = 1
+        result = compact_node(world.machine, 0, mode=mode)
+        assert self.succeeded(result) == moved and len(result.calls) == (moved or mode == "MIGRATE_SYNC")
+
+    @pytest.mark.parametrize("mlock, moved", [(False, 1), (True, 0)])
+    def test_inaccessible(self, mlock, moved):
+        world = World(2048)
+        file = world.machine.file("4K")
+        world.map(1, file=file, shared=True, mlock=mlock)
+        world.machine.fragment(0, 3)
+        world.machine.mem.mappings.inaccessible[file.mapping] = 1
+        assert len(compact_node(world.machine, 0).calls) == moved
+        world.machine.mem.mappings.inaccessible[file.mapping] = 0
+        world.check()
+
     def test_pinned_and_unevictable(self):
         world = World(2048)
         _, pinned = world.map(2)

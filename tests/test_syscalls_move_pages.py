@@ -5,7 +5,7 @@ import pytest
 from conftest import World
 from offload.errors import InvalidInput
 from offload.migrate.pages import Event
-from offload.mm.memmap import VM_PFNMAP
+from offload.mm.memmap import PG_zone_device, VM_PFNMAP
 from offload.syscalls import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT, NOT_WRITTEN, move_pages, sys_move_pages
 from offload.units import EACCES, EBUSY, EFAULT, EINVAL, ENODEV, ENOENT, ENOMEM, EPERM, ESRCH, PAGE_SIZE
 
@@ -205,6 +205,12 @@ class TestQuery:
         world.machine.mem.vmas.vm_flags[world.process._vma_at(address)] |= VM_PFNMAP
         assert call(world, [address], None, 0).status.tolist() == [-ENOENT]
         assert call(world, [address], 1).status.tolist() == [-EFAULT]
+
+    def test_dax(self, world):
+        address, pfns = world.map(1)
+        world.folios.page_flags[pfns[0]] |= PG_zone_device
+        assert call(world, [address], None, 0).status.tolist() == [-ENOENT]
+        assert call(world, [address], 1).status.tolist() == call(world, [address], 0).status.tolist() == [-ENOENT]
 
     def test_shared_pages_too(self, world):
         address, _ = world.map(1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from offload.jit import jit, jit_entry
 from offload.mm.memmap import (
-    NO_PFN, PG_lru, PG_swapcache, PG_unevictable, PG_writeback, page_folio, unpack,
+    AOPS_NONE, NO_PFN, PG_dirty, PG_locked, PG_lru, PG_swapcache, PG_unevictable, PG_writeback, page_folio, unpack,
 )
 from offload.mm.node import (
     NR_ORDERS, block_order, clear_free, folio_isolate_lru, free_block, node_stat_add_isolated, prep_new_folio, set_page_orders,
@@ -175,6 +175,15 @@ def suitable_for_compaction(mem, pfn, flags):
         return False
     if flags & ISOLATE_ASYNC and folio.page_flags & PG_writeback:
         return False
+    # What asking the mapping takes the folio lock for: dirty folios that could only be written back, and locked memory.
+    dirty = flags & ISOLATE_ASYNC and folio.page_flags & PG_dirty
+    if dirty or folio.mapping > 0 and folio.page_flags & PG_unevictable:
+        if folio.page_flags & PG_locked:
+            return False
+        if folio.mapping > 0:
+            mapping = mem.mappings[folio.mapping]
+            if mapping.inaccessible or dirty and mapping.aops == AOPS_NONE:
+                return False
     return True
 
 

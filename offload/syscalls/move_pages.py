@@ -12,7 +12,7 @@ from offload.errors import InvalidInput
 from offload.jit import jit, jit_entry
 from offload.mm.fault import find_vma, lookup_page
 from offload.mm.memmap import (
-    NO_PFN, VM_PFNMAP, folio_test_large, page_folio, unpack,
+    NO_PFN, PG_zone_device, VM_PFNMAP, folio_test_large, page_folio, unpack,
 )
 from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
 from offload.mm.pagetable import (
@@ -73,6 +73,8 @@ def add_folio_for_migration(mem, mm, vma, address, nid, move_all):
         return -EFAULT, np.int64(0)
     pfn = page_folio(mem, page)
     folio = mem.folios[pfn]
+    if folio.page_flags & PG_zone_device:
+        return -ENOENT, np.int64(0)
     if folio.nid == nid:
         return 0, np.int64(0)
     if not move_all and folio_maybe_mapped_shared(mem, pfn):
@@ -241,9 +243,9 @@ def do_pages_stat_array(mem_table, mm, starts, ends, vmas, addresses, first, end
             entry, value, page = lookup_page(mem, mm, addresses[i])
         if vma == 0:
             status[i] = -EFAULT
-        elif page != NO_PFN:
+        elif page != NO_PFN and mem.folios[page_folio(mem, page)].page_flags & PG_zone_device == 0:
             status[i] = mem.folios[page_folio(mem, page)].nid
-        elif value & PTE_PRESENT and vma_migratable(mem, vma):      # the zero page
+        elif page == NO_PFN and value & PTE_PRESENT and vma_migratable(mem, vma):       # the zero page
             status[i] = -EFAULT
         else:
             status[i] = -ENOENT

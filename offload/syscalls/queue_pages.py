@@ -9,7 +9,7 @@ import numpy as np
 
 from offload.jit import jit, jit_entry
 from offload.mm.fault import lookup_page
-from offload.mm.memmap import NO_PFN, PG_reserved, folio_test_large, page_folio, unpack
+from offload.mm.memmap import NO_PFN, PG_reserved, PG_zone_device, folio_test_large, page_folio, unpack
 from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
 from offload.mm.pagetable import PMD_SIZE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, TASK_SIZE, walk_pmd
 from offload.syscalls.move_pages import folio_maybe_mapped_shared, vma_migratable
@@ -91,7 +91,7 @@ def queue_vma(mem_table, vma, start, end, nodes, flags, queue, counts):
             large = huge == 0 and folio_test_large(mem, pfn)
             if large:
                 nr = folio_pte_batch(mem, mm, address, next_pmd, page, pfn)
-            if mem.folios[pfn].page_flags & PG_reserved == 0 and queue_folio_required(mem, pfn, nodes, flags) \
+            if mem.folios[pfn].page_flags & (PG_reserved | PG_zone_device) == 0 and queue_folio_required(mem, pfn, nodes, flags) \
                     and not (large and pfn == counts[2]):
                 if large:
                     counts[2] = pfn
