@@ -1,7 +1,7 @@
 """The kernel's own callers of migrate_pages(): what they isolate, how they ask, and what they make of the answer.
 
 Stands for the call sites in mm/compaction.c, mm/migrate.c (NUMA faults), mm/vmscan.c (demotion), mm/page_alloc.c
-(alloc_contig_range), mm/memory_hotplug.c, mm/memory-failure.c (soft offline), mm/gup.c (long-term pins) and mm/damon/ (v7.3).
+(alloc_contig_range), mm/memory_hotplug.c, mm/memory-failure.c (soft offline), mm/gup.c (long-term pins), mm/damon/ and cpusets (v7.3).
 Leaves out what finds the folios before them, other than compaction's scanners, and reclaim after them: clean page cache is
 never evicted instead of moved. The system calls are in offload/syscalls/.
 
@@ -15,6 +15,7 @@ never evicted instead of moved. The system calls are in offload/syscalls/.
 | soft_offline_folio           | SYNC  | memory_failure    | its node, then any                     | -EBUSY               |
 | migrate_longterm_unpinnable_folios | SYNC | longterm_pin  | their nodes, then any                  | -ENOMEM              |
 | damon_migrate_folio_list     | ASYNC | damon             | the node, then any                     | put back             |
+| cpuset_migrate_mm            | SYNC  | syscall_or_cpuset | by pairs of nodes, and no other        | ignored              |
 
 Folios are given as head pfns; one that cannot be isolated is passed over. Whatever is raised, nothing stays isolated.
 """
@@ -33,14 +34,17 @@ from offload.mm.compaction import (
 )
 from offload.mm.memmap import PG_dirty, PG_hwpoison, PG_reserved, VM_EXEC, folio_is_file_lru, unpack
 from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
+from offload.syscalls.migrate_pages import do_migrate_pages
 from offload.syscalls.move_pages import folio_maybe_mapped_shared
+from offload.syscalls.result import MPOL_MF_MOVE_ALL
 from offload.units import (
     EACCES, EAGAIN, EBUSY, ENOMEM, MIGRATE_ASYNC, MIGRATE_SYNC, MR_COMPACTION, MR_CONTIG_RANGE, MR_DAMON, MR_DEMOTION,
     MR_LONGTERM_PIN, MR_MEMORY_FAILURE, MR_MEMORY_HOTPLUG, MR_NUMA_MISPLACED, parse_mode,
 )
 
 __all__ = ("CallerResult", "compact_node", "migrate_misplaced_folio", "demote_folio_list", "alloc_contig_migrate_range",
-           "do_migrate_range", "soft_offline_folio", "migrate_longterm_unpinnable_folios", "damon_migrate_folio_list")
+           "do_migrate_range", "soft_offline_folio", "migrate_longterm_unpinnable_folios", "damon_migrate_folio_list",
+           "cpuset_migrate_mm")
 
 CONTIG_TRIES = 5
 
@@ -304,3 +308,16 @@ def damon_migrate_folio_list(machine, folios, nid, *, events=()):
     machine.check_nid(nid)
     _, calls = migrate_list(machine, folios, TargetControl(nid, nmask=everywhere(machine)), MIGRATE_ASYNC, MR_DAMON, events)
     return CallerResult(sum(call.stats["nr_succeeded"] for call in calls), calls)
+
+
+# --- cpusets (kernel/cgroup/cpuset.c) -------------------------------------------------------------------------
+
+def cpuset_migrate_mm(machine, process, old, new, *, events=()):
+    """Move a process's memory after its cpuset, with memory_migrate, from the nodes ``old`` to ``new``. ``ret``: always 0.
+
+    Shared pages go as well; what stays is nobody's affair. The caller changes ``mems_allowed``.
+    """
+    machine.check_idle()
+    calls = []
+    do_migrate_pages(machine, process, frozenset(old), frozenset(new), MPOL_MF_MOVE_ALL, calls, events)
+    return CallerResult(0, tuple(calls))

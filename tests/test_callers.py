@@ -5,7 +5,7 @@ import pytest
 
 from conftest import World
 from offload.callers import (
-    alloc_contig_migrate_range, compact_node, damon_migrate_folio_list, demote_folio_list, do_migrate_range,
+    alloc_contig_migrate_range, compact_node, cpuset_migrate_mm, damon_migrate_folio_list, demote_folio_list, do_migrate_range,
     migrate_longterm_unpinnable_folios, migrate_misplaced_folio, soft_offline_folio,
 )
 from offload.errors import InvalidInput
@@ -421,4 +421,17 @@ class TestLongtermPin:
         world.pin(pfns[0])
         result = migrate_longterm_unpinnable_folios(world.machine, pfns)
         assert result.ret == -ENOMEM and result.calls[0].rc == 1
+        world.check()
+
+
+class TestCpuset:
+    def test_shared_pages_too_and_nobody_asks(self):
+        world = World(64, 64, 64)
+        address, pfns = world.map(3)
+        second, _ = world.map(2, nid=1)
+        world.process.fork()
+        world.surround(pfns[1], refs=1)
+        result = cpuset_migrate_mm(world.machine, world.process, [0, 1], [1, 2])
+        assert result.ret == 0 and asked(result) == {("MIGRATE_SYNC", "syscall_or_cpuset")}
+        assert world.where(address, 3) == [1, 0, 1] and world.where(second, 2) == [2, 2]
         world.check()

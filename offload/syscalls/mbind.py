@@ -6,6 +6,7 @@ shared policies of shmem files (the policy is the vma's alone) and what mm/mempo
 
 from offload.errors import InvalidInput, NotSupported
 from offload.migrate.call import TargetControl, node_mask
+from offload.mm.memmap import VM_HUGETLB
 from offload.mm.mempolicy import (
     MPOL_BIND, MPOL_DEFAULT, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_MAX, MPOL_NAMES, MPOL_PREFERRED, MPOL_PREFERRED_MANY,
     MPOL_WEIGHTED_INTERLEAVE,
@@ -76,14 +77,19 @@ def home_node(machine):
 
 
 def mbind_range(machine, process, start, end, mode, nodes):
-    """Give all vmas in the range the policy; those that reach beyond it are split."""
-    for edge in (start, end):
-        if any(low < edge < high for low, high, _ in zip(*process.vma_index())):
-            process.split_vma(edge)
+    """Give all vmas in the range the policy; those that reach beyond it are split. 0, or -EINVAL: inside a hugetlb page."""
+    for low, high, vma in zip(*(one.tolist() for one in process.vma_index())):
+        row = machine.mem.vmas[vma]
+        for edge in (start, end):
+            if low < edge < high:
+                if row.vm_flags & VM_HUGETLB and edge % (PAGE_SIZE << int(row.order)):
+                    return -EINVAL
+                process.split_vma(edge)
     vmas = machine.mem.vmas
     for low, high, vma in zip(*(one.tolist() for one in process.vma_index())):
         if low < end and high > start:
             vmas.pol_mode[vma], vmas.pol_nodes[vma] = mode, node_mask(nodes)
+    return 0
 
 
 def do_mbind(machine, process, start, length, mode, nodes, flags, calls, events=()):
@@ -116,7 +122,9 @@ def do_mbind(machine, process, start, length, mode, nodes, flags, calls, events=
         with isolated_pages(machine, process, start, end, node_mask(nodes), walk_flags, calls) as (nr_failed, folios):
             if nr_failed < 0:
                 return nr_failed
-            mbind_range(machine, process, start, end, mode, pol_nodes)
+            err = mbind_range(machine, process, start, end, mode, pol_nodes)
+            if err:
+                return err
             rc = 0
             if len(folios):
                 target = target_by_mpol(machine, process, mode, pol_nodes, start)
