@@ -17,18 +17,20 @@ from offload.migrate.call import TargetControl
 from offload.migrate.pages import migrate_pages
 from offload.mm.frames import PLACEMENTS, Frames
 from offload.mm.memmap import (
-    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE, MAPPING_SHMEM,
-    MAPPING_SWAP, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PG_movable_ops, PLACE_HOST, PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
+    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
+    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_movable_ops, PLACE_HOST,
+    PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
     Memory, page_folio, records, unpack, zeros,
 )
 from offload.mm.fault import lookup_page
+from offload.mm.hugetlb import HPAGE_NR, alloc_hugetlb_pool, folio_putback_hugetlb, isolate_folio
 from offload.mm.ksm import ksm_add_mapping, set_page_stable_node
 from offload.mm.movable_ops import (
     TOLD_OWNER, alloc_movable_ops_pages, free_movable_ops_page, isolate_movable_ops_page, putback_movable_ops_page,
 )
 from offload.mm.node import (
-    build_free_areas, folio_isolate_lru, folio_putback_lru, fragment_node, free_node, free_reserved_pages,
-    lru_add_drain, node_stat_add_isolated,
+    build_free_areas, folio_putback_lru, fragment_node, free_node, free_reserved_pages,
+    lru_add_drain,
 )
 from offload.mm.pagetable import PTRS, free_pgtables, pgd_alloc
 from offload.mm.process import File, Process
@@ -49,16 +51,20 @@ class NodeConfig:
     """A node: ``pages`` base pages (0: no memory), with or without CPUs, its frames in ``placement``.
 
     ``placement`` is "host" (bytes in host memory) or "nowhere" (metadata only: nothing can be read, written or
-    copied, a move moves metadata). A machine is one or the other throughout.
+    copied, a move moves metadata). A machine is one or the other throughout. ``hugepages``: folios of 2 MiB in its hugetlb
+    pool to begin with; when the pools are empty, surplus ones come and go as they are needed.
     """
 
     pages: int = 4096
     cpus: bool = True
     placement: str = "host"
+    hugepages: int = 0
 
     def __post_init__(self):
         if not isinstance(self.pages, int) or self.pages < 0:
             raise InvalidInput(f"pages {self.pages!r} of a node is not a number of base pages; write 0 or more")
+        if not isinstance(self.hugepages, int) or self.hugepages < 0:
+            raise InvalidInput(f"hugepages {self.hugepages!r} of a node is not a number of 2 MiB pages; write 0 or more")
         if self.placement not in PLACEMENTS:
             raise InvalidInput(f"placement {self.placement!r} is not known here; use one of: {', '.join(PLACEMENTS)}")
 
@@ -162,6 +168,10 @@ class Machine:
             np.zeros(LRU_BATCH_SIZE, np.int64), sys))
         for nid in range(len(nodes)):
             free_node(self.table, nid)
+            wanted = config.nodes[nid].hugepages
+            if alloc_hugetlb_pool(self.table, nid, wanted) < wanted:
+                raise OutOfMemory(f"node {nid} of {config.nodes[nid].pages} pages has no room for {wanted} huge pages of "
+                                  f"{HPAGE_NR} in its pool; make the node larger or the pool smaller")
 
     def _set_mem(self, mem):
         self.mem, self.table = mem, pack(mem)
@@ -205,6 +215,19 @@ class Machine:
         row.slots, row.nr_slots = len(self.mem.slots), nr_pages
         self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_pages, np.int64)))))
         return File(self, mapping, kind, nr_pages)
+
+    def hugetlb_file(self, size):
+        """A hugetlbfs file of ``size`` bytes, a multiple of 2 MiB: for Process.mmap(file=..., hugetlb=True, shared=True)."""
+        self.check_idle()
+        nr_pages = parse_size(size) // PAGE_SIZE
+        if nr_pages % HPAGE_NR:
+            raise InvalidInput(f"size {size!r} of a hugetlbfs file is no multiple of 2 MiB; make it one")
+        mapping = self.new_row("mappings")
+        row = self.mem.mappings[mapping]
+        row.kind = MAPPING_HUGETLB
+        row.slots, row.nr_slots = len(self.mem.slots), nr_pages
+        self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_pages, np.int64)))))
+        return File(self, mapping, "hugetlb", nr_pages)
 
     def swapon(self, size):
         """Give the machine a swap space of ``size`` bytes ("16M"), once; its slots are all free."""
@@ -582,9 +605,8 @@ def isolate_folios(mem_table, pfns):
             if not isolate_movable_ops_page(mem, pfns[i]):
                 return i
             continue
-        if not folio_isolate_lru(mem, pfns[i]):
+        if not isolate_folio(mem, pfns[i]):
             return i
-        node_stat_add_isolated(mem, pfns[i], 1)
     return len(pfns)
 
 
@@ -594,6 +616,8 @@ def putback_folios(mem_table, pfns):
     for i in range(len(pfns)):
         if mem.folios[pfns[i]].page_flags & PG_movable_ops:
             putback_movable_ops_page(mem, pfns[i])
+        elif mem.folios[pfns[i]].page_flags & PG_hugetlb:
+            folio_putback_hugetlb(mem, pfns[i])
         else:
             folio_putback_lru(mem, pfns[i])
 

@@ -16,8 +16,9 @@ from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
 from offload.mm.address_space import add_to_swap_cache, truncate_folio
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active,
-    PG_dirty, PG_hwpoison, PG_locked, PG_mlocked, PG_private, PG_referenced, PG_swapcache, PG_uptodate, PG_workingset, PG_writeback,
+    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active, PG_dirty, PG_hugetlb,
+    PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, PG_locked, PG_mlocked, PG_private, PG_referenced, PG_swapcache,
+    PG_uptodate, PG_workingset, PG_writeback,
 )
 from offload.mm.movable_ops import free_movable_ops_page
 from offload.mm.node import GUP_PIN_COUNTING_BIAS
@@ -25,7 +26,7 @@ from offload.mm.pagetable import PTE_DIRTY, PTE_HWPOISON, PTE_MIGRATION, PTE_SPE
 from offload.scenario_format import DEFAULT_NODES, Fault, expand, folio_order, shown
 from offload.scenario_machine import change_entries, make_machine, not_supported, page_entries, zap
 from offload.scenario_trace import Steps
-from offload.units import PAGE_SHIFT, PAGE_SIZE, errno_value
+from offload.units import HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE, errno_value
 
 __all__ = ("FolioLevel", "check_folio_level")
 
@@ -46,8 +47,8 @@ def check_folio_level(scenario):
 
 def check_folio_supported(one, field):
     kind = one.get("kind", "anon")
-    if kind == "hugetlb":
-        not_supported(f"{field}.kind", kind, "use another kind")
+    if kind == "hugetlb" and folio_order(one) != HPAGE_PMD_ORDER:
+        not_supported(f"{field}.order", folio_order(one), f"of hugetlb folios only those of order {HPAGE_PMD_ORDER} are built")
     for key in ("callback", "split"):
         for i, outcome in enumerate(one.get(key, ())):
             if outcome != "ok" and errno_value(outcome) is None:
@@ -142,6 +143,8 @@ class FolioLevel:
         try:
             if given.get("kind", "anon") in ("anon", "ksm"):
                 address = process.mmap(length, **where)
+            elif given["kind"] == "hugetlb":
+                address = process.mmap(length, hugetlb=True, **where)
             else:
                 file = self.machine.file(length, kind=given["kind"], aops=given.get("aops"),
                                          inaccessible=given.get("inaccessible", False))
@@ -208,6 +211,10 @@ class FolioLevel:
                     folio.page_flags |= bit
             if given.get("dirty") and kind == "file" and folio.mapping:
                 mem.nodes[folio.nid].nr_file_dirty += 1 << stretch.order
+            if not given.get("migratable", True):
+                folio.page_flags |= PG_hugetlb_unsupported
+            if given.get("orphan_subpool"):
+                folio.page_flags |= PG_hugetlb_subpool
             if not given.get("uptodate", True):
                 folio.page_flags &= ~PG_uptodate
             if given.get("locked", "no") != "no":
@@ -299,7 +306,11 @@ class FolioLevel:
         stretch.holder[i:i + nr_pages] = dst + np.arange(nr_pages)
 
     def on_unmapped(self, step, pfn):
-        self.unmapped.add(pfn)
+        if self.machine.mem.folios.page_flags[pfn] & PG_hugetlb:    # it is flushed at once, and moved on its own
+            self.in_batch = {pfn}
+            self.on_batch_copied(step, pfn)
+        else:
+            self.unmapped.add(pfn)
 
     def on_flush(self, step, pfn):
         """All that is unmapped now is in this batch."""
@@ -370,7 +381,7 @@ class FolioLevel:
                 if not np.array_equal(machine.frames.view(int(stretch.holder[i]), 1)[0], stretch.contents[i]):
                     return False
             zeros = ~stretch.contents.any(axis=1)
-            anon = stretch.given.get("kind", "anon") in ("anon", "ksm")
+            anon = stretch.given.get("kind", "anon") in ("anon", "ksm", "hugetlb")
             for process, address in stretch.mappings:
                 entries = page_entries(machine, process.mm, address, len(stretch.holder))
                 right = alive & (entries >> PAGE_SHIFT == stretch.holder) & (entries & PTE_SPECIAL == 0)

@@ -341,6 +341,8 @@ def check_folio(one, field, nodes):
     for key in ("mlocked", "pte_dirty", "zero_filled", "partially_mapped"):
         if one.get(key) and not maps:
             impossible(key, "a folio that is mapped nowhere cannot be that", "remove it, or map the folio")
+    if one.get("mlocked") and kind == "hugetlb":
+        impossible("mlocked", "hugetlb memory is never mlocked", "remove it")
     if one.get("partially_mapped"):
         if size < 4:
             impossible("partially_mapped", "only folios of order 2 and more are queued for deferred split",

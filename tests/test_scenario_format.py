@@ -58,6 +58,7 @@ WRONG = [
      "folios[0].partially_mapped: 4: of 4 base pages at least one must be mapped; lower it"),
     (folio_file(folios=[{"name": "f"}, {"name": "f"}]), "folios: f occurs twice; rename or remove one"),
     (folio_file(folios=[{}]), "folios[0].name: is missing; add it"),
+    (with_folio(kind="hugetlb", mlocked=True), "folios[0].mlocked: true: hugetlb memory is never mlocked; remove it"),
     (folio_file(calls=[]), "calls: [] is not a list of at least 1; write [...]"),
     (folio_file(calls=[{"op": "mbind"}]), 'calls[0].op: "mbind" is not known here; use one of: migrate_pages'),
     (folio_file(calls=[{"op": "migrate_pages", "target": 7}]),
@@ -79,7 +80,7 @@ WRONG = [
 ]
 
 LEFT_OUT = [
-    (with_folio(kind="hugetlb"), "folios[0].kind: \"hugetlb\" is not supported yet; use one of: anon, file, shmem"),
+    (with_folio(kind="hugetlb", order=10), "folios[0].order: 10 is not supported yet; of hugetlb folios only those of order 9"),
     (with_folio(kind="file", aops="buffer"), 'folios[0].aops: "buffer" is not supported yet; use filemap or migrate_folio'),
     (with_folio(swapcache=True), "folios[0].swapcache: true is not supported yet; remove it, or use a version that has it"),
     (folio_file(offload={"protocol": "v4"}), 'offload.protocol: "v4" is not supported yet; use "v6"'),

@@ -66,7 +66,7 @@ def files(tmp_path):
         "passed": write(tmp_path / "passed.json", expect=[{"rc": 0, "left": []}]),
         "ran": write(tmp_path / "ran.json"),
         "differs": write(tmp_path / "differs.json", expect=[{"rc": 1, "left": ["f"], "folios": {"f": {"node": 0}}}]),
-        "not supported": write(tmp_path / "hugetlb.json", folios=[{"name": "f", "kind": "hugetlb"}]),
+        "not supported": write(tmp_path / "hugetlb.json", folios=[{"name": "f", "kind": "hugetlb", "order": 10}]),
         "wrong": write(tmp_path / "wrong.json", folios=[{"name": "f", "ordre": 3}]),
         "hangs": write(tmp_path / "hangs.json", folios=[{"name": "f", "locked": "forever"}],
                        calls=[{"op": "migrate_pages", "mode": "MIGRATE_SYNC"}]),

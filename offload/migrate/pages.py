@@ -1,6 +1,6 @@
 """migrate_pages(): cut the list into batches, migrate each, give back what is left, add up.
 
-Stands for migrate_pages() of mm/migrate.c (v7.3) and its tracepoints. Leaves out hugetlb. The compiled part runs until it is
+Stands for migrate_pages() of mm/migrate.c (v7.3) and its tracepoints. The compiled part runs until it is
 done or until Python must act; :func:`migrate_pages` is the Python part, which makes the batch copies and runs events.
 """
 
@@ -18,14 +18,15 @@ from offload.migrate.call import (
     CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_CALLBACK, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
     make_call, unpack_call,
 )
-from offload.mm.memmap import unpack
+from offload.migrate.hugetlb import migrate_hugetlbs
+from offload.mm.memmap import PG_hugetlb, unpack
 from offload.table import pack
 from offload.units import EAGAIN, MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
 
 __all__ = ("migrate_pages", "MigrateResult", "Event")
 
 # Where a call stands, in ``call.state.pages_at``.
-PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END, PAGES_DONE = range(5)
+PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END, PAGES_DONE, PAGES_HUGETLB = range(6)
 
 
 @jit_entry
@@ -64,6 +65,11 @@ def migrate_pages_run(mem_table, call_table):
                 return stop
             move_list(call, L_SPLIT, L_RET)
             c.pages_at = next_batch(call)
+        elif c.pages_at == PAGES_HUGETLB:
+            stop = migrate_hugetlbs(mem, call)
+            if stop:
+                return stop
+            c.pages_at = PAGES_END if c.total < 0 or c.interrupted else PAGES_CUT
         elif c.pages_at == PAGES_END:
             finish(mem, call)
             c.pages_at = PAGES_DONE
@@ -86,9 +92,12 @@ def cut_batch(mem, call):
     nr_pages = 0
     while c.from_at < frm.nr and nr_pages < c.batch_pages:
         src = call.pfns[frm.first + c.from_at]
+        c.from_at += 1
+        if c.hugetlb and mem.folios[src].page_flags & PG_hugetlb:   # one that migrate_hugetlbs() has given up
+            list_add_tail(call, L_RET, src)
+            continue
         nr_pages += np.int64(1) << np.int64(mem.orders[src])
         list_add_tail(call, L_BATCH, src)
-        c.from_at += 1
 
 
 @jit
@@ -216,6 +225,8 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=batch_pages, nr_pages=nr_pages)
     state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
+    if plain(mem.nodes)["nr_hugepages"].any() and (plain(mem.folios)["page_flags"][pfns] & PG_hugetlb).any():
+        state["hugetlb"], state["pages_at"] = 1, PAGES_HUGETLB
     if plain(mem.sys)["alloc_fail_times"][0]:
         state["target_special"] = 1
     state["stop_mask"] = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])

@@ -2,7 +2,7 @@
 
 Stands for mm/memory.c and mm/huge_memory.c as far as they fill and clear page tables (v7.3): anonymous faults of any
 order, page-cache faults, copy on write, copy_page_range() and zap_page_range(). Leaves out swap, userfaultfd,
-fault-around beyond the folio that is hit, and hugetlb.
+and fault-around beyond the folio that is hit; hugetlb vmas are served by mm/hugetlb.py.
 
 Nothing here runs while a migration does, except as an event between its steps.
 """
@@ -15,8 +15,9 @@ from offload.kernels.cpu import copy_bytes
 from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty
 from offload.mm.frames import copy_pages, frame_address, zero_frames
 from offload.mm.memmap import (
-    NO_PFN, PG_swapbacked, PG_uptodate, VM_READ, VM_SHARED, VM_WRITE, page_folio, unpack,
+    NO_PFN, PG_swapbacked, PG_uptodate, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, page_folio, unpack,
 )
+from offload.mm.hugetlb import copy_hugetlb_page_range, hugetlb_fault, unmap_hugepage_range
 from offload.mm.mempolicy import alloc_pages_vma
 from offload.mm.node import alloc_pages_node, folio_add_lru, folio_put_refs, folio_maybe_dma_pinned
 from offload.mm.pagetable import (
@@ -286,6 +287,8 @@ def handle_fault(mem, vma, address, write):
     area = mem.vmas[vma]
     if area.vm_flags & (VM_WRITE if write else VM_READ) == 0:
         return -EFAULT
+    if area.vm_flags & VM_HUGETLB:
+        return hugetlb_fault(mem, vma, address, write)
     entry, value, pfn = lookup_page(mem, area.mm, address)
     if value & PTE_MIGRATION:
         return -EAGAIN
@@ -381,6 +384,9 @@ def zap_range(mem_table, vma, start, end):
     """
     mem = unpack(mem_table)
     area = mem.vmas[vma]
+    if area.vm_flags & VM_HUGETLB:
+        unmap_hugepage_range(mem, vma, start, end)
+        return
     address = start
     while address < end:
         next_pmd = (address | PMD_SIZE - 1) + 1
@@ -422,6 +428,8 @@ def copy_page_range(mem_table, vma, child):
     """
     mem = unpack(mem_table)
     area = mem.vmas[vma]
+    if area.vm_flags & VM_HUGETLB:
+        return copy_hugetlb_page_range(mem, vma, child)
     address = area.start
     while address < area.end:
         pmd = walk_pmd(mem, area.mm, address)

@@ -14,7 +14,7 @@ Differences from the kernel, all on purpose:
 * the stable node of a KSM page is a row of ``anon_vmas`` whose chain is empty;
 * one zone per node; no memory cgroups.
 
-Left out: MGLRU generations, page_owner, hugetlb pools, DAX and device memory.
+Left out: MGLRU generations, page_owner, DAX and device memory.
 
 Compiled functions take ``mem`` and pfns. ``mem`` is one pointer to the table of a Memory (offload/table.py); those
 that Python calls take the table itself, ``mem_table``, and begin with :func:`unpack`. Arrays of a Memory are never
@@ -72,6 +72,10 @@ PG_ksm = 1 << 24                    # FOLIO_MAPPING_KSM in folio->mapping
 PG_reserved = 1 << 25
 PG_movable_ops_isolated = 1 << 26
 PG_zone_device = 1 << 27            # device memory that is neither private nor coherent: DAX
+PG_hugetlb_migratable = 1 << 28     # HPageMigratable: a hugetlb folio in use that nobody has isolated
+PG_hugetlb_temporary = 1 << 29      # HPageTemporary: allocated to migrate to, leaves the pool when it is freed
+PG_hugetlb_subpool = 1 << 30        # hugetlb_folio_subpool(): counted by the mount that it belongs to
+PG_hugetlb_unsupported = 1 << 31    # of a size that the architecture cannot migrate: a property of its hstate
 
 # --- vma flags (include/linux/mm.h; values are ours) ----------------------------------------------------------
 
@@ -86,7 +90,7 @@ VM_DONTCOPY = 1 << 7
 
 # --- address spaces -------------------------------------------------------------------------------------------
 
-MAPPING_FILE, MAPPING_SHMEM, MAPPING_SWAP = 1, 2, 3
+MAPPING_FILE, MAPPING_SHMEM, MAPPING_SWAP, MAPPING_HUGETLB = 1, 2, 3, 4
 AOPS_MIGRATE_FOLIO, AOPS_FILEMAP, AOPS_BUFFER, AOPS_BUFFER_NOREFS, AOPS_NONE, AOPS_SECRETMEM = 1, 2, 3, 4, 5, 6
 AOPS_NAMES = {"migrate_folio": AOPS_MIGRATE_FOLIO, "filemap": AOPS_FILEMAP, "buffer": AOPS_BUFFER,
               "buffer_norefs": AOPS_BUFFER_NOREFS, "none": AOPS_NONE, "secretmem": AOPS_SECRETMEM}
@@ -122,8 +126,11 @@ NODE_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_anon_mapped", "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_shmem_thps", "nr_swapcache", "nr_file_dirty",
     "nr_mlock",
     "nr_deferred_split",
+    "nr_hugepages", "free_hugepages", "surplus_hugepages",      # hugetlb's: in the pool or used, free in the pool, surplus
+    "hugepage_freelist",            # first free folio of the pool (0: none); the next is in ``index``
 )], align=True)
-"""struct pglist_data; counters are base pages, except nr_deferred_split (folios)."""
+"""struct pglist_data and the node's part of struct hstate; counters are base pages, except nr_deferred_split and
+*_hugepages (folios)."""
 
 FREE_AREA_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_free",                      # free blocks of this order
@@ -136,6 +143,7 @@ MM_DTYPE = np.dtype([(name, np.int64) for name in (
     "pgd",                          # its top page table; 0: this row is free
     "deposited",                    # page tables set aside, one for each PMD leaf, to split it without allocating
     "rss_anon", "rss_file", "rss_shmem",
+    "hugetlb_usage",                # hugetlb pages mapped; in none of the others
 )], align=True)
 """struct mm_struct: its page tables and the counters migration must keep (base pages)."""
 

@@ -14,8 +14,9 @@ import numpy as np
 from offload.intrinsics import count_trailing_zeros, prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.frames import poison_frames
+from offload.mm.hugetlb_pool import free_huge_folio
 from offload.mm.memmap import (
-    FREE_AREA_DTYPE, LRU_BATCH_SIZE, NO_PFN, PG_active, PG_deferred_list, PG_hwpoison, PG_large_rmappable, PG_lru,
+    FREE_AREA_DTYPE, LRU_BATCH_SIZE, NO_PFN, PG_active, PG_deferred_list, PG_hugetlb, PG_hwpoison, PG_large_rmappable, PG_lru,
     PG_mlocked, PG_partially_mapped, PG_reserved, PG_swapbacked, PG_unevictable, folio_is_file_lru, records, unpack,
 )
 from offload.units import MAX_PAGE_ORDER
@@ -200,6 +201,8 @@ def free_pages(mem, pfn):
     Poisoned memory is never given out again: a bad base page stays outside the allocator with its mark.
     """
     folio = mem.folios[pfn]
+    if folio.page_flags & PG_hugetlb and free_huge_folio(mem, pfn):
+        return                                      # it stays in its pool
     nid = np.int64(folio.nid)
     order = np.int64(folio.order)
     if folio.page_flags & PG_lru:

@@ -11,7 +11,7 @@ import numpy as np
 
 from offload.errors import BadAddress, InvalidInput, NotSupported, OutOfMemory
 from offload.mm.fault import access, copy_page_range, populate, zap_range
-from offload.mm.memmap import VM_EXEC, VM_LOCKED, VM_READ, VM_SHARED, VM_WRITE
+from offload.mm.memmap import VM_EXEC, VM_HUGETLB, VM_LOCKED, VM_READ, VM_SHARED, VM_WRITE
 from offload.mm.pagetable import PMD_SIZE, TASK_SIZE
 from offload.units import EFAULT, ENOMEM, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE, format_size, parse_size
 
@@ -55,17 +55,23 @@ class Process:
     # --- mapping (mm/mmap.c) ----------------------------------------------------------------------------------
 
     def mmap(self, length, *, order=0, nid=0, prot="rw", file=None, offset=0, shared=False, mlock=False, populate=True,
-             address=None):
+             address=None, hugetlb=False):
         """Map ``length`` bytes (a number, or "64M") and return their address, aligned to the folio order.
 
         ``order``: folio order to fault in where it fits, 0 to 9. ``nid``: node its folios come from. ``file``: a
         File, mapped from byte ``offset`` on, ``shared`` or private; without one the memory is anonymous.
+        ``hugetlb``: MAP_HUGETLB, memory of 2 MiB pages from the pools; the length is rounded up to them.
         ``populate``: fault everything in now, for writing if ``prot`` has "w". InvalidInput for values that cannot
         be; OutOfMemory if the nodes have no room (the mapping stays, populated in part).
         """
         machine = self.machine
         machine.check_idle()
         length = parse_size(length, what="length")
+        if hugetlb:
+            order, length = HPAGE_PMD_ORDER, -(-length // PMD_SIZE) * PMD_SIZE
+            if file is None and shared:
+                file = machine.hugetlb_file(length)
+            self._check_hugetlb(file, offset, shared, mlock, address)
         if not 0 <= order <= HPAGE_PMD_ORDER:
             raise InvalidInput(f"order {order!r} is not one that page tables can map here; use 0 to {HPAGE_PMD_ORDER}")
         machine.check_nid(nid)
@@ -73,6 +79,8 @@ class Process:
             raise InvalidInput(f"prot {prot!r} is not a protection; use letters of 'rwx'")
         if offset % PAGE_SIZE or (offset and file is None):
             raise InvalidInput(f"offset {offset!r} needs a file and a multiple of {PAGE_SIZE}")
+        if file is not None and file.kind == "hugetlb" and not hugetlb:
+            raise InvalidInput(f"{file!r} is mapped by huge pages only; pass hugetlb=True")
         if shared and file is None:
             raise InvalidInput("shared anonymous memory is shmem; map machine.file(..., kind='shmem') shared")
         align = PAGE_SIZE << order
@@ -84,6 +92,7 @@ class Process:
             raise InvalidInput(f"address {address:#x} is mapped already in this process; choose another or None")
 
         vm_flags = sum(PROT_BITS[letter] for letter in prot) | (VM_SHARED if shared else 0) | (VM_LOCKED if mlock else 0)
+        vm_flags |= VM_HUGETLB if hugetlb else 0
         vma = machine.new_row("vmas")
         row = machine.mem.vmas[vma]
         row.mm, row.start, row.end, row.vm_flags, row.order, row.nid = self.mm, address, address + length, vm_flags, order, nid
@@ -98,6 +107,16 @@ class Process:
         if populate and prot:
             self.populate(address, length)
         return address
+
+    @staticmethod
+    def _check_hugetlb(file, offset, shared, mlock, address):
+        """InvalidInput for what a hugetlb mapping cannot be."""
+        if file is not None and (file.kind != "hugetlb" or not shared):
+            raise InvalidInput(f"{file!r} cannot be mapped so with hugetlb; map machine.hugetlb_file(...) shared, or no file")
+        if offset % PMD_SIZE or address is not None and address % PMD_SIZE:
+            raise InvalidInput(f"offset {offset!r} and address {address!r} of a hugetlb mapping are multiples of {PMD_SIZE}")
+        if mlock:
+            raise InvalidInput("hugetlb memory is never mlocked; leave mlock out")
 
     def populate(self, address, length):
         """Fault in [address, address + length), for writing where the vma allows it. OutOfMemory if a node is full."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.mm.memmap import (
-    MAPPING_SHMEM, MAPPING_SWAP, PG_deferred_list, PG_dirty, PG_hwpoison, PG_ksm, PG_locked, PG_lru, PG_mlocked, PG_movable_ops,
+    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_migratable,
+    PG_hugetlb_temporary, PG_hwpoison, PG_ksm, PG_locked, PG_lru, PG_mlocked, PG_movable_ops,
     PG_movable_ops_isolated, PG_private, PG_reserved, PG_swapbacked, PG_swapcache, PG_unevictable,
 )
 from offload.mm.node import GUP_PIN_COUNTING_BIAS, NR_ORDERS, WORD_BITS
@@ -31,6 +32,7 @@ def validate(machine):
     validate_slots(mem, free)
     validate_swap_cache(mem, heads)
     validate_nodes(mem, heads, free)
+    validate_hugetlb(mem, heads, entries)
 
 
 def complain(what, where, hint=""):
@@ -62,9 +64,9 @@ def free_pages_of(mem):
 
 
 def validate_frames(mem, free):
-    """Every page of a node is free, or bad, or part of one folio in use; returns the heads of those (int64)."""
+    """Every page of a node is free, or bad, or part of one folio in use or in a hugetlb pool; returns their heads (int64)."""
     owned = np.zeros(len(mem.folios), np.int8)
-    heads = np.flatnonzero(mem.folios.refcount != 0)
+    heads = np.flatnonzero((mem.folios.refcount != 0) | (mem.folios.page_flags & PG_hugetlb != 0))
     for pfn in heads:
         nr_pages = 1 << int(mem.folios.order[pfn])
         owned[pfn:pfn + nr_pages] += 1
@@ -72,7 +74,7 @@ def validate_frames(mem, free):
             complain("pages whose order differs from their folio's, at folio", pfn)
     for nid, node in enumerate(mem.nodes):
         pages = slice(int(node.start_pfn), int(node.start_pfn + node.nr_pages))
-        bad = (mem.folios.page_flags[pages] & PG_hwpoison != 0) & (mem.folios.refcount[pages] == 0)
+        bad = (mem.folios.page_flags[pages] & (PG_hwpoison | PG_hugetlb) == PG_hwpoison) & (mem.folios.refcount[pages] == 0)
         wrong = owned[pages] + free[pages] + bad != 1
         if wrong.any():
             complain(f"pages of node {nid} that are not in exactly one place (free, bad, or one folio)",
@@ -159,6 +161,8 @@ def validate_counts(mem, heads, entries):
     expected += np.where(row.order > 0, row.pincount, row.pincount * GUP_PIN_COUNTING_BIAS)
     expected += np.bincount(mem.lru_batch[:mem.sys.lru_batch_nr[0]], minlength=len(mem.folios))[heads]
     isolated = (row.page_flags & (PG_lru | PG_reserved) == 0) & ~np.isin(heads, mem.lru_batch[:mem.sys.lru_batch_nr[0]])
+    hugetlb = row.page_flags & PG_hugetlb != 0
+    isolated[hugetlb] = (row.page_flags[hugetlb] & PG_hugetlb_migratable == 0) & (row.refcount[hugetlb] != 0)
     expected += np.where(owned, row.page_flags & PG_movable_ops_isolated != 0, isolated)
     wrong = heads[expected != row.refcount]
     if len(wrong):
@@ -166,7 +170,7 @@ def validate_counts(mem, heads, entries):
 
     for mm in np.flatnonzero(mem.mms.pgd):
         sizes = np.where(values[mapped] & PTE_HUGE != 0, HPAGE_PMD_NR, 1)
-        own = mms[mapped] == mm
+        own = (mms[mapped] == mm) & (mem.folios.page_flags[folios] & PG_hugetlb == 0)
         anon = mem.folios.mapping[folios] < 0
         shmem = ~anon & (mem.folios.page_flags[folios] & PG_swapbacked != 0)
         for name, which in (("rss_anon", anon), ("rss_shmem", shmem), ("rss_file", ~anon & ~shmem)):
@@ -237,10 +241,10 @@ def validate_nodes(mem, heads, free):
     nr_pages = np.int64(1) << row.order.astype(np.int64)
     has = lambda bit: row.page_flags & bit != 0
     in_batch = np.isin(heads, mem.lru_batch[:mem.sys.lru_batch_nr[0]])
-    in_use = ~has(PG_reserved | PG_movable_ops)
+    in_use = ~has(PG_reserved | PG_movable_ops | PG_hugetlb)
     isolated = in_use & ~has(PG_lru) & ~in_batch
     evictable_lru = has(PG_lru) & ~has(PG_unevictable)
-    cached = row.mapping > 0
+    cached = (row.mapping > 0) & ~has(PG_hugetlb)
     shmem = cached & (mem.mappings.kind[np.maximum(row.mapping, 0)] == MAPPING_SHMEM)
     for name, which, weight in (
             ("nr_isolated_anon", isolated & has(PG_swapbacked), nr_pages),
@@ -248,8 +252,8 @@ def validate_nodes(mem, heads, free):
             ("nr_lru_anon", evictable_lru & has(PG_swapbacked), nr_pages),
             ("nr_lru_file", evictable_lru & ~has(PG_swapbacked), nr_pages),
             ("nr_unevictable", has(PG_lru) & has(PG_unevictable), nr_pages),
-            ("nr_anon_mapped", (row.mapping < 0) & (row.mapcount > 0), nr_pages),
-            ("nr_file_mapped", (row.mapping > 0) & (row.mapcount > 0), nr_pages),
+            ("nr_anon_mapped", in_use & (row.mapping < 0) & (row.mapcount > 0), nr_pages),
+            ("nr_file_mapped", in_use & (row.mapping > 0) & (row.mapcount > 0), nr_pages),
             ("nr_file_pages", cached | has(PG_swapcache), nr_pages * (cached + has(PG_swapcache).astype(np.int64))),
             ("nr_shmem", shmem, nr_pages), ("nr_shmem_thps", shmem & (row.order >= HPAGE_PMD_ORDER), nr_pages),
             ("nr_swapcache", has(PG_swapcache), nr_pages),
@@ -260,6 +264,39 @@ def validate_nodes(mem, heads, free):
             counted = weight[which & (row.nid == nid)].sum()
             if counted != mem.nodes[name][nid]:
                 complain(f"{name} of node {nid} is {mem.nodes[name][nid]}, recounted", counted)
-    large = np.bincount(row.order[(row.mapping < 0) & (row.order > 0)], minlength=len(mem.mthp_nr_anon))
+    large = np.bincount(row.order[in_use & (row.mapping < 0) & (row.order > 0)], minlength=len(mem.mthp_nr_anon))
     for order in np.flatnonzero(large != mem.mthp_nr_anon):
         complain(f"mthp_nr_anon of order {order} is {mem.mthp_nr_anon[order]}, recounted", large[order])
+
+
+def validate_hugetlb(mem, heads, entries):
+    """The pools: their lists, their counts, and that nothing of a call is left in them; hugetlb_usage of each process."""
+    mms, addresses, values = entries
+    hugetlb = heads[mem.folios.page_flags[heads] & PG_hugetlb != 0]
+    row = mem.folios[hugetlb]
+    unused = row.refcount == 0
+    temporary = row.page_flags & PG_hugetlb_temporary != 0
+    if temporary.any():
+        complain("temporary hugetlb folios outside a call", hugetlb[temporary])
+    for nid, node in enumerate(mem.nodes):
+        listed, at = [], int(node.hugepage_freelist)
+        while at and at not in listed:
+            listed.append(at)
+            at = int(mem.folios.index[at])
+        wrong = np.setxor1d(listed, hugetlb[unused & (row.nid == nid)])
+        if at or len(wrong):
+            complain(f"folios that are free in the hugetlb pool of node {nid} or on its list, but not both", wrong if len(wrong) else at)
+        for name, counted in (("free_hugepages", len(listed)), ("nr_hugepages", (row.nid == nid).sum())):
+            if counted != node[name]:
+                complain(f"{name} of node {nid} is {node[name]}, recounted", counted)
+        if not 0 <= node.surplus_hugepages <= node.nr_hugepages:
+            complain(f"of {node.nr_hugepages} hugetlb folios of node {nid} surplus are", node.surplus_hugepages)
+    leaves = values & (PTE_HUGE | PTE_SPECIAL) == PTE_HUGE
+    mapped = mem.folios.page_flags[values[leaves] >> PAGE_SHIFT] & PG_hugetlb != 0
+    for mm in np.flatnonzero(mem.mms.pgd):
+        counted = (mms[leaves][mapped] == mm).sum() * HPAGE_PMD_NR
+        if counted != mem.mms.hugetlb_usage[mm]:
+            complain(f"hugetlb_usage of mm {mm} is {mem.mms.hugetlb_usage[mm]}, pages mapped", counted)
+    wrong = (row.mapping > 0) & (mem.mappings.kind[np.maximum(row.mapping, 0)] != MAPPING_HUGETLB)
+    if wrong.any():
+        complain("hugetlb folios in the page cache of another kind of file", hugetlb[wrong])

@@ -62,7 +62,9 @@ def target_by_mpol(machine, process, mode, nodes, start):
     nodes = tuple(sorted(nodes))
     if mode == MPOL_BIND:
         return TargetControl(nodes[0], nmask=nodes)
-    if mode in (MPOL_PREFERRED, MPOL_PREFERRED_MANY):
+    if mode == MPOL_PREFERRED:
+        return TargetControl(nodes[0], nmask=everywhere)
+    if mode == MPOL_PREFERRED_MANY:
         return TargetControl(nodes[0], nmask=nodes, nmask_next=everywhere)
     if mode == MPOL_INTERLEAVE:
         # From the first vma that is touched; pages of others are spread by their index too, perhaps from another node on.

@@ -11,10 +11,10 @@ import numpy as np
 from offload.errors import InvalidInput
 from offload.jit import jit, jit_entry
 from offload.mm.fault import find_vma, lookup_page
+from offload.mm.hugetlb import isolate_folio
 from offload.mm.memmap import (
-    NO_PFN, PG_zone_device, VM_PFNMAP, folio_test_large, page_folio, unpack,
+    NO_PFN, PG_hugetlb, PG_zone_device, VM_PFNMAP, folio_test_large, page_folio, unpack,
 )
-from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
 from offload.mm.pagetable import (
     PMD_SIZE, PTE_HUGE, PTE_PRESENT, rmap_first, rmap_next, rmap_vma, vma_address, walk_pmd,
 )
@@ -79,9 +79,8 @@ def add_folio_for_migration(mem, mm, vma, address, nid, move_all):
         return 0, np.int64(0)
     if not move_all and folio_maybe_mapped_shared(mem, pfn):
         return -EACCES, np.int64(0)
-    if not folio_isolate_lru(mem, pfn):
+    if not isolate_folio(mem, pfn):
         return -EBUSY, np.int64(0)
-    node_stat_add_isolated(mem, pfn, 1)
     return 1, pfn
 
 
@@ -95,10 +94,10 @@ def vma_migratable(mem, vma):
 def folio_maybe_mapped_shared(mem, pfn):
     """Whether several processes may map the folio (folio_maybe_mapped_shared()).
 
-    Small: mapped more than once, wherever. Large: by two processes, exactly; the kernel, which remembers two of them and
+    Small or hugetlb: mapped more than once, wherever. Large: by two processes, exactly; the kernel, which remembers two of them and
     a bit, may still say so after one of three or more has gone.
     """
-    if mem.folios[pfn].mapcount <= 1 or not folio_test_large(mem, pfn):
+    if mem.folios[pfn].mapcount <= 1 or not folio_test_large(mem, pfn) or mem.folios[pfn].page_flags & PG_hugetlb:
         return mem.folios[pfn].mapcount > 1
     mapper = np.int64(0)
     cursor = rmap_first(mem, pfn)

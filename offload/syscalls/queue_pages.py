@@ -1,6 +1,7 @@
 """Collecting the folios of an address range that are on the wrong nodes, isolated.
 
-Stands for queue_pages_range() and what it calls in mm/mempolicy.c (v7.3). Leaves out hugetlb.
+Stands for queue_pages_range() and what it calls in mm/mempolicy.c, queue_folios_hugetlb() among
+it (v7.3).
 """
 
 import contextlib
@@ -9,8 +10,8 @@ import numpy as np
 
 from offload.jit import jit, jit_entry
 from offload.mm.fault import lookup_page
+from offload.mm.hugetlb import isolate_folio
 from offload.mm.memmap import NO_PFN, PG_reserved, PG_zone_device, folio_test_large, page_folio, unpack
-from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
 from offload.mm.pagetable import PMD_SIZE, PTE_HUGE, PTE_MIGRATION, PTE_PRESENT, TASK_SIZE, walk_pmd
 from offload.syscalls.move_pages import folio_maybe_mapped_shared, vma_migratable
 from offload.syscalls.result import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
@@ -35,10 +36,7 @@ def migrate_folio_add(mem, pfn, flags):
     """Isolate a folio for the queue. 1: done; 0: shared, passed over, which is no failure; -1: it cannot be isolated."""
     if flags & MPOL_MF_MOVE_ALL == 0 and folio_maybe_mapped_shared(mem, pfn):
         return 0
-    if not folio_isolate_lru(mem, pfn):
-        return -1
-    node_stat_add_isolated(mem, pfn, 1)
-    return 1
+    return 1 if isolate_folio(mem, pfn) else -1
 
 
 @jit
