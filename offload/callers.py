@@ -32,6 +32,7 @@ from offload.mm.compaction import (
     COMPACT_CLUSTER_MAX, ISOLATE_ASYNC, ISOLATE_NOFS, ISOLATE_UNEVICTABLE, PAGEBLOCK_ORDER, has_free_block,
     isolate_migratepages, release_freepages,
 )
+from offload.mm.hugetlb import isolate_folio
 from offload.mm.memmap import PG_dirty, PG_hwpoison, PG_reserved, VM_EXEC, folio_is_file_lru, unpack
 from offload.mm.node import folio_isolate_lru, node_stat_add_isolated
 from offload.syscalls.migrate_pages import do_migrate_pages
@@ -65,8 +66,7 @@ def isolate_movable(mem_table, pfns, out):
     mem = unpack(mem_table)
     nr = 0
     for i in range(len(pfns)):
-        if mem.folios[pfns[i]].refcount and folio_isolate_lru(mem, pfns[i]):
-            node_stat_add_isolated(mem, pfns[i], 1)
+        if mem.folios[pfns[i]].refcount and isolate_folio(mem, pfns[i]):
             out[nr] = pfns[i]
             nr += 1
     return nr

@@ -5,8 +5,8 @@ folio's record at the next step. Stands for no kernel file; the two lines of eve
 """
 
 from offload.mm.memmap import (
-    PG_active, PG_deferred_list, PG_dirty, PG_locked, PG_mlocked, PG_partially_mapped, PG_private, PG_referenced,
-    PG_swapbacked, PG_uptodate, PG_writeback,
+    PG_active, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_subpool, PG_locked, PG_mlocked, PG_partially_mapped,
+    PG_private, PG_referenced, PG_swapbacked, PG_uptodate, PG_writeback,
 )
 
 __all__ = ("Steps",)
@@ -14,7 +14,7 @@ __all__ = ("Steps",)
 FLAG_NAMES = {
     PG_locked: "locked", PG_writeback: "writeback", PG_referenced: "referenced", PG_uptodate: "uptodate",
     PG_dirty: "dirty", PG_active: "active", PG_swapbacked: "swapbacked", PG_mlocked: "mlocked", PG_private: "private",
-    PG_deferred_list: "deferred_split", PG_partially_mapped: "partially_mapped"}
+    PG_deferred_list: "deferred_split", PG_partially_mapped: "partially_mapped", PG_hugetlb: "hugetlb"}
 
 
 class Steps:
@@ -79,6 +79,8 @@ class Steps:
             why = f"split into {1 << order} base pages"
         elif folio.page_flags & PG_locked:
             why = "not unmapped: -EAGAIN, locked by somebody else"
+        elif folio.page_flags & PG_hugetlb_subpool and folio.mapping <= 0:
+            why = "not unmapped: -EBUSY, a subpool and no mapping"
         elif folio.page_flags & PG_writeback:
             why = "not unmapped: under writeback"
         elif folio.pincount:
