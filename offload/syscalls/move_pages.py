@@ -94,8 +94,8 @@ def vma_migratable(mem, vma):
 def folio_maybe_mapped_shared(mem, pfn):
     """Whether several processes may map the folio (folio_maybe_mapped_shared()).
 
-    Small or hugetlb: mapped more than once, wherever. Large: by two processes, exactly; the kernel, which remembers two of them and
-    a bit, may still say so after one of three or more has gone.
+    Small or hugetlb: mapped more than once, wherever. Large: by two processes, exactly; the kernel, which remembers two of
+    them and a bit, may still say so after one of three or more has gone.
     """
     if mem.folios[pfn].mapcount <= 1 or not folio_test_large(mem, pfn) or mem.folios[pfn].page_flags & PG_hugetlb:
         return mem.folios[pfn].mapcount > 1

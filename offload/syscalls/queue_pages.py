@@ -1,7 +1,6 @@
 """Collecting the folios of an address range that are on the wrong nodes, isolated.
 
-Stands for queue_pages_range() and what it calls in mm/mempolicy.c, queue_folios_hugetlb() among
-it (v7.3).
+Stands for queue_pages_range() and what it calls in mm/mempolicy.c (v7.3), queue_folios_hugetlb() among it.
 """
 
 import contextlib
