@@ -329,8 +329,8 @@ class Machine:
         if not isinstance(nid, TargetControl):
             self.check_nid(nid)
         self.check_idle()
-        self._running = True
         try:
+            self._running = True
             result = migrate_pages(self.mem, self.table, self.offload, folios, mode=mode, reason=reason, target=nid,
                                    batch_pages=self.config.batch_pages, pf_memalloc=pf_memalloc, events=events,
                                    time_copies=time_copies, owners=self._owners)

@@ -4,6 +4,7 @@ import pytest
 
 from conftest import World
 from offload.errors import InvalidInput, NotSupported, OutOfMemory
+from offload.mm.memmap import VM_HUGETLB
 from offload.mm.mempolicy import (
     MPOL_BIND, MPOL_DEFAULT, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED, MPOL_PREFERRED_MANY,
 )
@@ -216,6 +217,13 @@ class TestArguments:
         assert call(world, first, 4, "bind", [1]).ret == 0
         assert world.where(first, 4) == [1] * 4 and policy_at(world, second) == (MPOL_BIND, 2)
         world.check()
+
+    def test_inside_a_hugetlb_page(self, world):
+        address, _ = world.map(2, 9)
+        vma = world.process._vma_at(address)
+        world.machine.mem.vmas.vm_flags[vma] |= VM_HUGETLB
+        assert call(world, address, 5, "bind", [1], 0).errno == EINVAL
+        assert call(world, address, 1024, "bind", [1], 0).errno == 0
 
     def test_names(self, world):
         with pytest.raises(InvalidInput, match="policy 'sticky' is not known; use one of: default, preferred"):
