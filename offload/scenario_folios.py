@@ -215,8 +215,7 @@ class FolioLevel:
                 folio.page_flags |= PG_hugetlb_unsupported
             if given.get("orphan_subpool"):
                 folio.page_flags |= PG_hugetlb_subpool
-            if not given.get("uptodate", True):
-                folio.page_flags &= ~PG_uptodate
+            folio.page_flags = folio.page_flags & ~PG_uptodate | PG_uptodate * given.get("uptodate", True)
             if given.get("locked", "no") != "no":
                 folio.page_flags |= PG_locked
             if given.get("writeback", "no") != "no":
