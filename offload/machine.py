@@ -191,7 +191,8 @@ class Machine:
     def file(self, size, *, kind="file", aops=None, inaccessible=False, busy_buffers=False):
         """A file of ``size`` bytes ("16M"), empty page cache. ``kind``: "file", "shmem" or "secretmem".
 
-        ``aops``: its mapping's migrate callback: "migrate_folio", "filemap" (the default of a file; private data goes along),
+        ``aops``: its mapping's migrate callback: "migrate_folio" (the default of shmem), "filemap" (that of a file; private data
+        goes along),
         "buffer" or "buffer_norefs" (its buffers are locked meanwhile), "none" (dirty folios stay), "secretmem" (nothing moves).
         ``inaccessible``: the mapping's contents are not for the CPU, and do not move. ``busy_buffers``: every folio has
         buffers that a journal refers to, which "buffer_norefs" cannot move.
@@ -203,7 +204,7 @@ class Machine:
         aops = aops or default[kind]
         if aops not in AOPS_NAMES:
             raise InvalidInput(f"aops {aops!r} is not known; use one of: {', '.join(AOPS_NAMES)}")
-        if kind != "file" and aops != default[kind]:
+        if kind == "secretmem" and aops != kind:
             raise InvalidInput(f"aops {aops!r} is not for {kind}; leave it out")
         if busy_buffers and aops not in ("buffer", "buffer_norefs"):
             raise InvalidInput(f"busy_buffers with aops {aops!r}: no buffers; use aops 'buffer' or 'buffer_norefs'")

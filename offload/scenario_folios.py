@@ -56,8 +56,6 @@ def check_folio_supported(one, field):
     if kind == "ksm" and folio_order(one):
         raise Fault(f"{field}.order", f"{shown(one['order'])}: KSM merges base pages only", "use order 0")
     aops = one.get("aops", "migrate_folio" if kind == "shmem" else "filemap")
-    if kind == "shmem" and aops != "migrate_folio":
-        raise Fault(f"{field}.aops", f"{shown(aops)}: shmem has migrate_folio always", "remove it")
     if one.get("private", "no") != "no" and aops == "migrate_folio" and not one.get("truncated"):
         raise Fault(f"{field}.private", f"{shown(one['private'])}: migrate_folio() has no way to take private data along",
                     "use aops filemap")

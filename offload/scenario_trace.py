@@ -5,8 +5,8 @@ folio's record at the next step. Stands for no kernel file; the two lines of eve
 """
 
 from offload.mm.memmap import (
-    PG_active, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_subpool, PG_locked, PG_mlocked, PG_partially_mapped,
-    PG_private, PG_referenced, PG_swapbacked, PG_uptodate, PG_writeback,
+    PG_active, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_subpool, PG_hwpoison, PG_ksm, PG_locked, PG_mlocked,
+    PG_movable_ops, PG_partially_mapped, PG_private, PG_referenced, PG_swapbacked, PG_swapcache, PG_uptodate, PG_writeback,
 )
 
 __all__ = ("Steps",)
@@ -14,6 +14,7 @@ __all__ = ("Steps",)
 FLAG_NAMES = {
     PG_locked: "locked", PG_writeback: "writeback", PG_referenced: "referenced", PG_uptodate: "uptodate",
     PG_dirty: "dirty", PG_active: "active", PG_swapbacked: "swapbacked", PG_mlocked: "mlocked", PG_private: "private",
+    PG_swapcache: "swapcache", PG_ksm: "ksm", PG_movable_ops: "movable_ops", PG_hwpoison: "hwpoison",
     PG_deferred_list: "deferred_split", PG_partially_mapped: "partially_mapped", PG_hugetlb: "hugetlb"}
 
 
@@ -37,7 +38,7 @@ class Steps:
     def expected(self, pfn):
         """folio_expected_ref_count() + 1."""
         folio = self.machine.mem.folios[pfn]
-        cached = (1 << int(folio.order)) * (folio.mapping > 0)
+        cached = (1 << int(folio.order)) * (int(folio.mapping > 0) + (folio.page_flags & PG_swapcache != 0))
         private = folio.mapping >= 0 and folio.page_flags & PG_private != 0
         return int(cached + private + folio.mapcount + 1)
 
@@ -85,8 +86,10 @@ class Steps:
             why = "not unmapped: under writeback"
         elif folio.pincount:
             why = "not unmapped: -EAGAIN, it may be pinned; restored"
-        elif folio.mapping == 0:
-            why = "not unmapped: -EAGAIN, truncated; its buffers are freed"
+        elif folio.page_flags & PG_hwpoison and self.machine.config.kernel == "mm-next":
+            why = "not unmapped: -EHWPOISON"
+        elif folio.mapping == 0 and folio.page_flags & (PG_movable_ops | PG_swapcache) == 0:
+            why = "not unmapped: -EAGAIN, truncated; its buffers are freed if they can be"
         else:
             why = "not unmapped: -ENOMEM, no destination"
         self.lines.append(f"  {name}: {why}")

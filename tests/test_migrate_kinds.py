@@ -334,9 +334,16 @@ class TestSplit:
         assert run(folio)[1]["rc"] == -12
 
     def test_counters(self):
-        level, _ = run({"order": 9, "alloc": "fail"}, {"order": 4, "alloc": "fail"}, {"order": 9, "partially_mapped": 9, "split": ["EBUSY"]})
+        level, _ = run({"order": 9, "alloc": "fail"}, {"order": 4, "alloc": "fail"},
+                       {"order": 9, "partially_mapped": 9, "split": ["EBUSY"]})
         sys = level.machine.mem.sys[0]
         assert (sys.thp_split_page, sys.thp_split_page_failed) == (1, 1)
+
+    def test_pf_memalloc_sleeps_on_the_lock_of_what_is_to_be_split(self):
+        """Unlike the unmap: stage 2 of SYNC_LIGHT splits it and its pieces move."""
+        folio = {"order": 4, "partially_mapped": 4, "locked": "until_wait"}
+        assert run(folio, mode="MIGRATE_SYNC_LIGHT", pf_memalloc=True)[1]["stats"]["nr_split"] == 1
+        assert run(folio, pf_memalloc=True)[1]["stats"]["nr_split"] == 0
 
     def test_private_data_of_a_split_folio_is_gone(self):
         level, result = run({"kind": "file", "order": 2, "private": "releasable", "alloc": "fail"})

@@ -390,7 +390,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("wrong, error", [
         ({"size": 0}, InvalidInput), ({"size": "5K"}, InvalidInput), ({"kind": "hugetlb"}, InvalidInput),
-        ({"aops": "btrfs"}, InvalidInput), ({"kind": "shmem", "aops": "filemap"}, InvalidInput),
+        ({"aops": "btrfs"}, InvalidInput), ({"kind": "secretmem", "aops": "filemap"}, InvalidInput),
         ({"busy_buffers": True}, InvalidInput)])
     def test_refused(self, world, wrong, error):
         with pytest.raises(error):

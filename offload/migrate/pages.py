@@ -261,8 +261,8 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
 
     result = make_result(call, wall, cpu, ns / max(nr_ticks, 1))
     if error is None and state["hang"][0]:
-        error = WouldHang(f"the kernel would sleep for ever on folio {state['hang'][0]}: its lock or writeback is never "
-                          f"released; the folio was left behind")
+        error = WouldHang(f"the kernel would sleep for ever on folio {state['hang'][0]}: its lock, its buffers' locks or "
+                          f"writeback is never released; the folio was left behind")
     if error is not None:
         error.result = result
         raise error

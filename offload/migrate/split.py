@@ -13,8 +13,9 @@ from offload.migrate.call import list_add_tail
 from offload.mm.address_space import file_split_stat, fill_slots, filemap_release_folio
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_partially_mapped,
-    PG_movable_ops, PG_private, PG_swapcache, PG_writeback, PG_zone_device, VM_LOCKED, folio_expected_ref_count, folio_test_anon, folio_trylock, folio_unlock,
+    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
+    PG_partially_mapped, PG_private, PG_swapcache, PG_writeback, PG_zone_device, VM_LOCKED, folio_expected_ref_count,
+    folio_test_anon, folio_trylock, folio_unlock,
 )
 from offload.mm.node import folio_maybe_dma_pinned, folio_unqueue_deferred_split, set_page_orders
 from offload.mm.others import NOT_TOLD, told_split, wait_for_lock

@@ -15,7 +15,7 @@ from offload.kernels.cpu import copy_bytes
 from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty
 from offload.mm.frames import copy_pages, frame_address, zero_frames
 from offload.mm.memmap import (
-    NO_PFN, PG_swapbacked, PG_uptodate, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, page_folio, unpack,
+    NO_PFN, PG_ksm, PG_swapbacked, PG_uptodate, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, page_folio, unpack,
 )
 from offload.mm.hugetlb import copy_hugetlb_page_range, hugetlb_fault, unmap_hugepage_range
 from offload.mm.mempolicy import alloc_pages_vma
@@ -268,7 +268,7 @@ def do_wp_page(mem, vma, address, entry):
     if area.vm_flags & VM_SHARED:
         mem.tables[entry] = old | PTE_WRITE | PTE_DIRTY | PTE_YOUNG
         return 0
-    if folio.mapping < 0:
+    if folio.mapping < 0 and folio.page_flags & PG_ksm == 0:        # a KSM page is never written to
         alone = folio.mapcount == 1 and folio.refcount == 1
         if old & PTE_EXCLUSIVE or alone:
             mem.tables[entry] = old | PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE

@@ -166,7 +166,8 @@ def validate_counts(mem, heads, entries):
     expected += np.where(owned, row.page_flags & PG_movable_ops_isolated != 0, isolated)
     wrong = heads[expected != row.refcount]
     if len(wrong):
-        complain("folios whose refcount is not explained by mappings, caches, private data, pins, owners, LRU batch and isolation", wrong)
+        complain("folios whose refcount is not explained by mappings, caches, private data, pins, owners, LRU batch and "
+                 "isolation", wrong)
 
     for mm in np.flatnonzero(mem.mms.pgd):
         sizes = np.where(values[mapped] & PTE_HUGE != 0, HPAGE_PMD_NR, 1)
