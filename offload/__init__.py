@@ -13,6 +13,8 @@ _HOMES = {
     "offload.mm.process": ("Process", "File"),
     "offload.migrators.mc_copy": ("McCopy",),
     "offload.migrators.cpu_mt": ("CpuMt",),
+    "offload.migrators.dcbm": ("Dcbm", "DcbmParameters"),
+    "offload.dmaengine": ("DmaDevice",),
     "offload.migrators.faulty": ("FaultyMigrator",),
     "offload.copy_offload": ("FolioBatch", "Migrator"),
     "offload.engines": ("Engine", "parse_engine"),

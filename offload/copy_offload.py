@@ -58,7 +58,8 @@ class Migrator(Protocol):
     call after all folios have been restored or moved.
 
     ``owner`` stands for its module (THIS_MODULE): anything that is not None; one with a true ``going`` is being removed.
-    None, or no such attribute: built in. ``should_batch(reason)`` is for v4 and flags alone, see
+    None, or no such attribute: built in. ``meets_poison`` False: a memory error in a source goes unnoticed, as with a DMA
+    driver; True or absent: the copy ends there, as the CPU routine's. ``should_batch(reason)`` is for v4 and flags alone, see
     :meth:`CopyOffload.register`.
     """
 
@@ -132,6 +133,11 @@ class CopyOffload:
         if migrator is None or migrator is not self.migrator:
             raise InvalidInput(f"{migrator!r} is not the registered migrator; that is {self.migrator!r}")
         self._sys.offload_reasons[0] = parse_reason_mask(reasons)
+
+    @property
+    def meets_poison(self):
+        """Whether who is on duty reads memory as a CPU does, with a machine check where that fails; a DMA driver does not."""
+        return getattr(self.migrator, "meets_poison", True)
 
     @property
     def reasons(self):

@@ -15,6 +15,7 @@ from offload.errors import Busy, EngineUnavailable, InvalidInput
 from offload.kernels.base import DMA_TRANS_READ_FAILED, DMA_TRANS_WRITE_FAILED, FRAME_SIZE
 from offload.migrators.dcbm import (COMPLETIONS, MAX_DMA_CHAN, TIMEOUT_NS, Dcbm, DcbmParameters, merged_runs, parse_bool,
                                     split_by_count)
+from offload.migrators.faulty import FaultyMigrator
 from offload.migrators.mc_copy import McCopy
 from offload.units import EBUSY, EINVAL, EIO, ENODEV, ENOMEM, ETIMEDOUT, parse_unsigned
 
@@ -323,6 +324,18 @@ class TestOnAMachine:
             with pytest.raises(type(raised) if isinstance(raised, Exception) else raised):
                 world.migrate(pfns)
         assert driver.device.nr_free_chans == 16
+        world.check()
+
+    @pytest.mark.parametrize("make, rc, batched", [(McCopy, 1, 3), (lambda: Dcbm.on_cpu(2), 0, 8),
+                                                   (lambda: FaultyMigrator(Dcbm.on_cpu(2), fails_after=9), 0, 8)])
+    def test_poison_is_not_detected(self, make, rc, batched):
+        """The CPU routine ends at the unreadable folio, which fails; an engine reads on."""
+        world = World()
+        pfns = world.pfns(8)
+        world.surround(pfns[3], copy_error=True)
+        with on_duty(world.machine, make()):
+            result = world.migrate(pfns, mode="MIGRATE_ASYNC")
+        assert (result.rc, result.copies["batched"], len(result.left)) == (rc, batched, rc)
         world.check()
 
     def test_equal_to_mc_copy(self):

@@ -81,9 +81,6 @@ WRONG = [
 
 LEFT_OUT = [
     (with_folio(kind="hugetlb", order=10), "folios[0].order: 10 is not supported yet; of hugetlb folios only those of order 9 are built"),
-    (with_folio(kind="file", aops="buffer"), 'folios[0].aops: "buffer" is not supported yet; use filemap or migrate_folio'),
-    (with_folio(swapcache=True), "folios[0].swapcache: true is not supported yet; remove it, or use a version that has it"),
-    (folio_file(offload={"protocol": "v4"}), 'offload.protocol: "v4" is not supported yet; use "v6"'),
 ]
 
 WRONG_OPTIONS = [

@@ -287,7 +287,7 @@ def offload_copy(mem, call, nr_batch, frames, offload):
     """Hand the ``nr_batch`` folios of the batch list to the hatch; its completions are left in ``call.pair_done``, and whether
     it failed in ``batch_copy_failed``."""
     nr = nr_batch
-    if len(mem.others) > 1 and mem.others.copy_error.any():
+    if len(mem.others) > 1 and offload.meets_poison and mem.others.copy_error.any():
         # A CPU routine meets the machine check at the first such folio and stops, with what it has copied before.
         unreadable = np.flatnonzero(mem.others.copy_error[mem.folios.others[call.pair_src[:nr]]])
         nr = int(unreadable[0]) if len(unreadable) else nr

@@ -16,6 +16,8 @@ or after any error none. That is ``completion="last"``, with its faults: an engi
 silence, leaves folios that count as copied and are not. The default, ``completion="descriptor"``, is ours: every
 descriptor signals and has a result, and whatever was wholly copied is kept when others fail or the time is over.
 
+Poison in a source is not detected: what an engine does there is its own affair, and the engines here read on.
+
 Leaves out: sg tables and the memory they need (-ENOMEM), the DMA mappings themselves.
 """
 
@@ -61,6 +63,7 @@ class Dcbm:
 
     name = "dcbm"
     owner = "dcbm"
+    meets_poison = False
 
     def __init__(self, device, nr_dma_chan=1, *, completion="descriptor", iommu_merges=False, timeout_ns=TIMEOUT_NS):
         if completion not in COMPLETIONS:

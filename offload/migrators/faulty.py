@@ -33,6 +33,10 @@ class FaultyMigrator:
     def owner(self):
         return getattr(self.migrator, "owner", None)
 
+    @property
+    def meets_poison(self):
+        return getattr(self.migrator, "meets_poison", True)
+
     def offload_copy(self, batch, done):
         if self.declines:
             return -EOPNOTSUPP
