@@ -96,33 +96,30 @@ class Dcbm:
 
     def offload_copy(self, batch, done):
         """Copy a FolioBatch: 0, -ENODEV, -EINVAL, -EIO or -ETIMEDOUT; ``done`` says which folios count as copied."""
-        nr_folios = len(batch.src)
-        chans = self._request_chans(min(self.nr_dma_chan, nr_folios, MAX_DMA_CHAN))
-        if not chans:
-            return -ENODEV
-        result = np.zeros(nr_folios, np.uint8)
-        first = split_by_count(nr_folios, len(chans))
+        result = np.zeros(len(batch.src), np.uint8)
+        chans = []
         rc = -EIO                                   # of a lost device, whose exception passes through here
         try:
-            rc = self._run(chans, first, batch, result)
+            self._request_chans(chans, min(self.nr_dma_chan, len(result), MAX_DMA_CHAN))
+            rc = self._run(chans, batch, result) if chans else -ENODEV
         finally:
             for chan in chans:
                 chan.terminate_sync()
                 chan.release()
-            rc = self._complete(rc, first, batch, result, done)
+            if chans:
+                rc = self._complete(rc, len(chans), batch, result, done)
         return rc
 
-    def _request_chans(self, wanted):
-        chans = []
+    def _request_chans(self, chans, wanted):
         while len(chans) < wanted:
             chan = dma_request_chan(self.device)
             if isinstance(chan, int):
                 break
             chans.append(chan)
-        return chans
 
-    def _run(self, chans, first, batch, result):
-        # Steps 3 to 5.
+    def _run(self, chans, batch, result):
+        # Steps 2 to 5.
+        first = split_by_count(len(result), len(chans))
         shares = [slice(start, stop) for start, stop in zip(first, first[1:])]
         if self.iommu_merges and any(self._mapping_differs(batch, share) for share in shares):
             return -EINVAL
@@ -147,7 +144,7 @@ class Dcbm:
         order = batch.order[share]
         return not np.array_equal(merged_runs(batch.dst[share], order), merged_runs(batch.src[share], order))
 
-    def _complete(self, rc, first, batch, result, done):
+    def _complete(self, rc, nr_chans, batch, result, done):
         # Step 6.
         copied = result == DMA_TRANS_NOERROR
         nr_folios = len(copied)
@@ -157,7 +154,7 @@ class Dcbm:
             nr_migrated = nr_folios if rc == 0 else 0
         else:
             if self.iommu_merges:
-                copied = self._whole_runs(copied, first, batch)
+                copied = self._whole_runs(copied, nr_chans, batch)
             done[:] = copied
             nr_migrated = int(np.count_nonzero(copied))
             if rc == 0 and nr_migrated < nr_folios:
@@ -167,9 +164,9 @@ class Dcbm:
         return rc
 
     @staticmethod
-    def _whole_runs(copied, first, batch):
+    def _whole_runs(copied, nr_chans, batch):
         begins = merged_runs(batch.src, batch.order)
-        begins[first[:-1]] = True
+        begins[split_by_count(len(copied), nr_chans)[:-1]] = True
         begins = np.flatnonzero(begins)
         whole = np.logical_and.reduceat(copied, begins)
         return np.repeat(whole, np.diff(begins, append=len(copied)))
