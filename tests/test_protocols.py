@@ -17,6 +17,7 @@ from offload.migrate.state import FOLIO_CONTENT_COPIED
 from offload.migrators.cpu_mt import CpuMt
 from offload.migrators.faulty import FaultyMigrator
 from offload.migrators.mc_copy import McCopy
+from offload.mm.memmap import PG_private
 from offload.scenario import run_scenario
 from offload.units import PROTOCOLS, MigrateReason
 from test_migrate_pages import FOLIO, MODES
@@ -378,4 +379,94 @@ class TestTheGate:
         world = World(protocol=protocol)
         with on_duty(world.machine, McCopy()):
             assert world.migrate(world.pfns(3), mode=mode).copies["batched"] == 3
+        world.check()
+
+
+class TestHazards:
+    """The hazards of the series that can be shown without a device; 1 and 2 are rows of the table, 3 is its last lost write."""
+
+    LATE_WRITER = b(extra_refs_gone_after=0, extra_refs_write=True, **LATE)
+
+    @pytest.mark.parametrize("protocol", MARKS_A_BATCH)
+    @pytest.mark.parametrize("gone_after", [0, 1, 2, 5, 9])
+    def test_1_and_2_a_stale_copy_is_used(self, protocol, gone_after):
+        """A reference held since before the unmap is not looked at, and a retry skips the copy again."""
+        folios = b(extra_refs=1, extra_refs_gone_after=gone_after, extra_refs_write=True)
+        assert run(protocol, folios) == ((4, 4, 0), "", LOST)
+        assert run("v6", folios) == ((4, 3, 0), "", ""), "closed by the gate"
+        assert run("off", folios) == ((4, 0, 0), "", "")
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_3_a_late_writer(self, protocol):
+        assert run(protocol, self.LATE_WRITER)[2] == LOST, "no protocol closes it"
+        assert run("off", self.LATE_WRITER)[2] == ""
+
+    def buffers(self, protocol, locked):
+        """Four file folios with buffer heads; somebody writes into the second through its buffer after the batch copy.
+
+        ``locked``: and holds the buffer's lock during the first move attempt. (copies, whether the write arrived).
+        """
+        world = World(1024, 1024, protocol=protocol if protocol != "off" else "v6")
+        file = world.machine.file(4 * 4096, aops="buffer_norefs")
+        pfns = world.pfns(4, file=file, shared=True)
+        for pfn in pfns:
+            world.folios.page_flags[pfn] |= PG_private
+            world.folios.private[pfn] = 4711
+            world.folios.refcount[pfn] += 1
+        process, address, content = world.expected[0]
+
+        def write(step, _):
+            world.machine.frames.view(pfns[1], 1)[:] = 0x77
+            if locked:
+                world.surround(pfns[1], buffers_locked=1)
+
+        def unlock(step, _):
+            world.surround(pfns[1], buffers_locked=0)
+        events = [Event("batch_copied", write), Event("move_failed", unlock)]
+        if protocol == "off":
+            result = world.migrate(pfns, events=events)
+        else:
+            with on_duty(world.machine, McCopy()):
+                result = world.migrate(pfns, events=events)
+        assert result.rc == 0
+        copies = tuple(result.copies[name] for name in ("folios", "batched", "discarded"))
+        found = process.read(address, 4 * 4096)
+        assert found[:4096] == content[:4096] and found[2 * 4096:] == content[2 * 4096:]
+        return copies, found[4096:2 * 4096] == b"\x77" * 4096
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_4_a_write_through_a_buffer(self, protocol):
+        """A buffer user needs neither folio lock nor reference; the batch copy runs before the buffer locks are taken."""
+        assert self.buffers(protocol, locked=False) == ((4, 4, 0), False)
+        assert self.buffers("off", locked=False) == ((4, 0, 0), True)
+
+    @pytest.mark.parametrize("protocol, expected", [("off", ((4, 0, 0), True)), ("v6", ((5, 4, 1), True)),
+                                                    *((protocol, ((4, 4, 0), False)) for protocol in MARKS_A_BATCH)])
+    def test_4_with_the_buffer_locked_meanwhile(self, protocol, expected):
+        """The first attempt fails before it reads the mark; record() overwrites it, so v6 copies afresh."""
+        assert self.buffers(protocol, locked=True) == expected
+
+    @pytest.mark.parametrize("protocol", ["off", *PROTOCOLS])
+    @pytest.mark.parametrize("declines", [False, True])
+    def test_10_secret_memory(self, protocol, declines):
+        """It joins the batch and is refused (-EBUSY) only in the move: its bytes stay in a destination that is then freed."""
+        world = World(1024, 1024, protocol=protocol if protocol != "off" else "v6")
+        file = world.machine.file(4096, aops="secretmem")
+        pfn, = world.pfns(1, file=file, shared=True)
+        free = world.machine.free_pages(1)
+        dst = []
+
+        def find(step, _):
+            dst.append(int(np.flatnonzero((world.folios.nid == 1) & (world.folios.refcount > 0))[0]))
+        events = [Event("unmapped", find)]
+        if protocol == "off":
+            result = world.migrate([pfn], events=events)
+        else:
+            with on_duty(world.machine, FaultyMigrator(McCopy(), declines=declines)):
+                result = world.migrate([pfn], events=events)
+        read = protocol != "off" and not declines
+        assert (result.rc, result.left.tolist()) == (1, [pfn])
+        assert result.copies == dict.fromkeys(("folios", "batched", "discarded"), int(read))
+        assert world.machine.free_pages(1) == free
+        assert (world.machine.frames.view(dst[0], 1).tobytes() == world.expected[0][2]) == read
         world.check()
