@@ -8,6 +8,8 @@ import importlib
 _HOMES = {
     "offload.machine": ("Machine", "MachineConfig", "NodeConfig"),
     "offload.migrate.pages": ("Event", "MigrateResult"),
+    "offload.other_tasks": ("CpuFault", "GupFast", "GupSlow", "Fork", "Munmap", "Mprotect", "Mremap", "PageCacheLookup",
+                            "StaleTlbWrite"),
     "offload.syscalls": ("MoveResult", "SyscallResult", "sys_move_pages", "sys_migrate_pages", "sys_mbind", "MPOL_MF_STRICT",
                          "MPOL_MF_MOVE", "MPOL_MF_MOVE_ALL", "NOT_WRITTEN"),
     "offload.mm.process": ("Process", "File"),

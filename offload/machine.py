@@ -14,7 +14,7 @@ from offload.errors import Busy, InvalidInput, NotSupported, OutOfMemory
 from offload.jit import jit_entry
 from offload.kernels.cpu import KERNELS
 from offload.migrate.call import TargetControl
-from offload.migrate.pages import migrate_pages
+from offload.migrate.pages import check_events, finish_call, migrate_pages
 from offload.mm.frames import PLACEMENTS, Frames
 from offload.mm.memmap import (
     ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
@@ -127,8 +127,9 @@ class Machine:
         self.config = config
         self.processes = []
         self._running = False
+        self.batch_mode = None                      # while a call stands at an event: the mode of its batch
         self._next_row = dict.fromkeys(("vmas", "anon_vmas", "avcs", "rmap_items", "mappings", "mms", "others"), 1)
-        self._owners = [None, None]                 # of movable_ops pages, by number; TOLD_OWNER is no object
+        self.owners = [None, None]                 # of movable_ops pages, by number; TOLD_OWNER is no object
         self._next_swap_entry = 1
         self._free_rows = {"vmas": [], "avcs": [], "mms": []}
         self._held = {}
@@ -273,9 +274,9 @@ class Machine:
         self.check_nid(nid)
         number = TOLD_OWNER
         if owner is not None:
-            if owner not in self._owners:
-                self._owners.append(owner)
-            number = self._owners.index(owner)
+            if owner not in self.owners:
+                self.owners.append(owner)
+            number = self.owners.index(owner)
         pfns = np.zeros(nr, np.int64)
         got = alloc_movable_ops_pages(self.table, nid, order, number, pfns)
         if got < nr:
@@ -308,14 +309,17 @@ class Machine:
         ``mode`` and ``reason`` by kernel name. Raises as :func:`offload.migrate.pages.migrate_pages`; what is left has
         been put back then too.
         """
-        mode, reason = parse_mode(mode), parse_reason(reason)
+        mode, reason, events = parse_mode(mode), parse_reason(reason), check_events(events)
         self.check_nid(nid)
         nodes = self.mem.nodes
         nr_isolated = nodes.nr_isolated_anon.copy(), nodes.nr_isolated_file.copy()
+        isolated, calls = [], []
         try:
-            return self.migrate_isolated(self.isolate(folios), nid, mode=mode, reason=reason, pf_memalloc=pf_memalloc,
-                                         events=events, time_copies=time_copies)
+            return self.migrate_isolated(self.isolate(folios, isolated), nid, mode=mode, reason=reason,
+                                         pf_memalloc=pf_memalloc, events=events, time_copies=time_copies, into=calls)
         finally:
+            if isolated and not calls:              # Ctrl-C between the two
+                self.putback(isolated[0][:isolated[1][0]])
             if reason == MR_DEMOTION:               # the path leaves it to reclaim to lower NR_ISOLATED, in bulk
                 nodes.nr_isolated_anon[:], nodes.nr_isolated_file[:] = nr_isolated
 
@@ -326,26 +330,38 @@ class Machine:
         ``into``: list that gets the result, also when it raises; if it gets none, the folios are as they were.
         ``putback`` False leaves what is left isolated (``.left``).
         """
-        mode, reason = parse_mode(mode), parse_reason(reason)
+        mode, reason, events = parse_mode(mode), parse_reason(reason), check_events(events)
         if not isinstance(nid, TargetControl):
             self.check_nid(nid)
         self.check_idle()
+        if self.batch_mode is not None:
+            raise Busy("another migration cannot be started between two steps of one; start it before or after")
+        into = [] if into is None else into
+        nr, started = len(into), []
         try:
             self._running = True
-            result = migrate_pages(self.mem, self.table, self.offload, folios, mode=mode, reason=reason, target=nid,
-                                   batch_pages=self.config.batch_pages, pf_memalloc=pf_memalloc, events=events,
-                                   time_copies=time_copies, owners=self._owners)
-        except BaseException as error:
-            result = getattr(error, "result", None)
-            raise
+            return migrate_pages(self, folios, mode=mode, reason=reason, target=nid, pf_memalloc=pf_memalloc, events=events,
+                                 time_copies=time_copies, started=started, into=into)
         finally:
+            if started and len(into) == nr:         # Ctrl-C where the call could not catch it
+                into.append(finish_call(self, started[0]))
             self._running = False
-            if result is not None:
-                if into is not None:
-                    into.append(result)
-                if putback:
-                    self.putback(result.left)
-        return result
+            if len(into) > nr and putback:
+                self.putback(into[-1].left)
+
+    @contextlib.contextmanager
+    def other_task(self):
+        """Inside the action of an event: what another task does to its memory now; processes can be used.
+
+        It must not wait for the migration: a fault on a migration entry is Busy. Busy outside an event.
+        """
+        if self.batch_mode is None:
+            raise Busy("no call stands between two steps now; this is for the action of an offload.Event")
+        running, self._running = self._running, False
+        try:
+            yield
+        finally:
+            self._running = running
 
     def move_pages(self, process, addresses, nids, *, move_all=False, events=()):
         """move_pages(2) with MPOL_MF_MOVE, or MOVE_ALL: the page at each address to its node, or all to one.
@@ -353,31 +369,39 @@ class Machine:
         Returns an :class:`offload.syscalls.MoveResult`. The second address of a folio gets -EBUSY, as in the kernel.
         """
         self.check_idle()
+        events = check_events(events)
         addresses = np.ascontiguousarray(addresses, np.int64)
         nids = np.ascontiguousarray(np.broadcast_to(np.asarray(nids, np.int64), addresses.shape))
         return do_pages_move(self, process, addresses, nids, move_all=move_all, events=events)
 
-    def isolate(self, folios):
-        """Take folios off their LRU, a reference each: int64 pfns in the order given. InvalidInput if one cannot be."""
+    def isolate(self, folios, isolated=None):
+        """Take folios off their LRU, a reference each: int64 pfns in the order given. InvalidInput if one cannot be.
+
+        List ``isolated`` gets the pfns and an int64 of how many of them are isolated, which stays right whatever is raised.
+        """
         self.check_idle()
         folios = np.ascontiguousarray(folios, np.int64)
         if folios.ndim != 1 or len(folios) and not FIRST_PFN <= folios.min() <= folios.max() < len(self.mem.folios):
             raise InvalidInput(f"folios are no list of pfns of this machine ({FIRST_PFN} to {len(self.mem.folios) - 1})")
         self.lru_add_drain()
+        nr_done = np.zeros(1, np.int64)
+        if isolated is not None:
+            isolated += folios, nr_done
         nr = self._isolate_owned(folios)
-        nr = isolate_folios(self.table, folios[:nr])
+        nr = isolate_folios(self.table, folios[:nr], nr_done)
         if nr < len(folios):
+            nr_done[0] = 0
             self.putback(folios[:nr])
             raise InvalidInput(f"folio {folios[nr]} cannot be isolated: it is on no LRU (free, named twice, or a tail page)")
         return folios
 
     def _owned(self, folios):
         """(owner, pfn) of those folios that a Python owner moves."""
-        if len(self._owners) <= TOLD_OWNER + 1:
+        if len(self.owners) <= TOLD_OWNER + 1:
             return []
         row = self.mem.folios[folios]
         owned = np.flatnonzero((row.page_flags & PG_movable_ops != 0) & (row.private > TOLD_OWNER))
-        return [(i, self._owners[row.private[i]], int(folios[i])) for i in owned]
+        return [(i, self.owners[row.private[i]], int(folios[i])) for i in owned]
 
     def _isolate_owned(self, folios):
         """Ask owners for their pages; how many folios there are before the first that an owner does not give."""
@@ -594,10 +618,11 @@ def unchain(heads, head, first, links, following, which):
 # --- entries into compiled code -------------------------------------------------------------------------------
 
 @jit_entry
-def isolate_folios(mem_table, pfns):
-    """Isolate folios with NR_ISOLATED, in order, up to the first that cannot be; returns how many were."""
+def isolate_folios(mem_table, pfns, nr_done):
+    """Isolate folios with NR_ISOLATED, in order, up to the first that cannot be; returns how many were, also in ``nr_done``."""
     mem = unpack(mem_table)
     for i in range(len(pfns)):
+        nr_done[0] = i
         if i + 16 < len(pfns):
             prefetch_record(mem.folios, pfns[i + 16])
         if mem.folios[pfns[i]].refcount == 0:
@@ -608,6 +633,7 @@ def isolate_folios(mem_table, pfns):
             continue
         if not isolate_folio(mem, pfns[i]):
             return i
+    nr_done[0] = len(pfns)
     return len(pfns)
 
 

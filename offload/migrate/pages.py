@@ -155,7 +155,8 @@ class Event:
 
     ``step`` is one of :data:`STEPS` (``"unmapped"``, ``"copied"`` ...); ``action(step, pfn)`` is called each time the
     call stands at that step with folio ``pfn`` (0 where the step is the whole batch's). ``folio`` restricts it to one
-    pfn. It may change the machine's memory, not use a process.
+    pfn. It may change the machine's memory; processes it may use inside ``with machine.other_task():``, as the ready-made
+    actions of other_tasks.py do.
     """
 
     step: str
@@ -163,6 +164,8 @@ class Event:
     folio: int | None = None
 
     def __post_init__(self):
+        if not callable(self.action):
+            raise InvalidInput(f"action {self.action!r} cannot be called; pass a function of (step, pfn)")
         if self.step not in STEPS:
             raise InvalidInput(f"step {self.step!r} is not known; use one of: {', '.join(STEPS)}")
 
@@ -209,20 +212,34 @@ class MigrateResult:
                 f"nr_thp_split={s['nr_thp_split']} nr_split={s['nr_split']} {tail}")
 
 
-def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_pages, pf_memalloc=False, events=(),
-                  time_copies=True, owners=()):
+def check_events(events):
+    """The events as a tuple. InvalidInput for what is no Event."""
+    try:
+        events = tuple(events)
+    except TypeError:
+        raise InvalidInput(f"events {events!r} is no list of events; pass [offload.Event(step, action)]") from None
+    for event in events:
+        if not isinstance(event, Event):
+            raise InvalidInput(f"event {event!r} is no offload.Event; make one with offload.Event(step, action)")
+    return events
+
+
+def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, events=(), time_copies=True, started=None,
+                  into=None):
     """Migrate isolated folios to ``target``, a node or a TargetControl; the MigrateResult. Does not put back what is left.
 
-    ``pfns``: int64 heads of isolated, distinct folios, in list order. ``offload``: the CopyOffload. With
-    ``time_copies`` each copy made in the move phase is timed by two more clock readings. ``owners`` of movable_ops pages, by
-    number.
+    ``machine``: its memory is asked for anew after each event, which may have replaced arrays of it. ``pfns``: int64
+    heads of isolated, distinct folios, in list order. With ``time_copies`` each copy made in the move phase is timed by two
+    more clock readings. List ``started`` gets the Call before anything has happened to a folio, ``into`` the result, also
+    when an exception is raised; with one and not the other, :func:`finish_call` gives the result.
 
     Whatever an event or a migrator raises is raised again, after the batch in hand has been finished without either
     and the rest was left untried: no folio stays unmapped and nothing is lost. WouldHang is raised likewise where the
     kernel would sleep for ever. ``.result`` of the exception then holds the MigrateResult.
     """
-    nr_pages = count_pages(mem_table, pfns)
-    call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=batch_pages, nr_pages=nr_pages)
+    mem, offload = machine.mem, machine.offload
+    nr_pages = count_pages(machine.table, pfns)
+    call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=machine.config.batch_pages, nr_pages=nr_pages)
     state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
     if plain(mem.nodes)["nr_hugepages"].any() and (plain(mem.folios)["page_flags"][pfns] & PG_hugetlb).any():
@@ -231,6 +248,8 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
         state["target_special"] = 1
     state["stop_mask"] = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])
     call_table = pack(call)
+    if started is not None:
+        started.append(call)
     error = None
     clocks = np.empty((2, 2), np.int64)
     read_clocks(clocks[0])
@@ -239,21 +258,26 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     while stop != DONE:
         try:
             # Ctrl-C during compiled code is raised here, before ``stop`` is set: the call is taken up once more.
-            stop = migrate_pages_run(mem_table, call_table)
+            stop = migrate_pages_run(machine.table, call_table)
             if stop == STOP_OFFLOAD_COPY:
                 if error is None:
-                    offload_copy(mem, call, int(state["nr_batch"][0]), frames, offload)
+                    offload_copy(machine.mem, call, int(state["nr_batch"][0]), frames, offload)
             elif stop == STOP_CALLBACK:
                 state["callback_rc"] = -EAGAIN      # if it raises, or the call is only being finished
                 if error is None:
-                    owner = owners[int(state["callback_owner"][0])]
+                    owner = machine.owners[int(state["callback_owner"][0])]
                     state["callback_rc"] = call_owner(owner, *(int(state[name][0]) for name in ("callback_dst", "callback_src",
                                                                                                 "batch_mode")))
             elif stop == STOP_STEP:
+                machine.batch_mode = MigrateMode(int(state["batch_mode"][0]))
                 run_events(events, int(state["step"][0]), int(state["step_folio"][0]))
         except BaseException as raised:             # KeyboardInterrupt too: first finish what is unmapped
+            if error is not None and not isinstance(raised, KeyboardInterrupt):
+                raise                               # a fault of ours: going on would meet it again
             error = raised
             state["stop_mask"], state["step_passed"], state["interrupted"] = 0, 0, 1
+        finally:
+            machine.batch_mode = None
     wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
     read_clocks(clocks[1])
     offload.batches += int(state["cpu_batches"][0])
@@ -263,10 +287,22 @@ def migrate_pages(mem, mem_table, offload, pfns, *, mode, reason, target, batch_
     if error is None and state["hang"][0]:
         error = WouldHang(f"the kernel would sleep for ever on folio {state['hang'][0]}: its lock, its buffers' locks or "
                           f"writeback is never released; the folio was left behind")
+    if into is not None:
+        into.append(result)
     if error is not None:
         error.result = result
         raise error
     return result
+
+
+def finish_call(machine, call):
+    """Bring a call to its end that was left between two steps, without events or migrator; its MigrateResult, without times."""
+    state = plain(call.state)
+    state["stop_mask"], state["step_passed"], state["interrupted"] = 0, 0, 1
+    call_table = pack(call)
+    while migrate_pages_run(machine.table, call_table) != DONE:
+        pass
+    return make_result(call, 0, 0, 1.0)
 
 
 def run_events(events, step, pfn):
