@@ -41,8 +41,9 @@ MAX_CHANNELS = 16
 BLOCK_THREADS = 256
 BLOCKS_PER_SM = 4
 """Of the persistent grid: 32 warps an SM, which have 128 KiB under way. Not tuned: no device has seen it."""
-SLOTS = 2
-"""Staging buffers of a channel of ``kernel``: the list of one batch is written while that of another is read."""
+SLOTS = 4
+"""Staging buffers of a channel of cuda-kernel: lists are written while others are read. Two would keep it busy; a client
+may prepare more batches than that before it waits."""
 
 _SPIN_NS = 200_000
 _NAP_S = 20e-6

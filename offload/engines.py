@@ -1,7 +1,8 @@
 """Engines: one name per way of copying, the same in the command line, results and documents.
 
 ``vanilla``, ``batch``, ``mt:N`` and ``dma:N``, each also with ``+stream``; who stands at the hatch and which copy kernel moves
-the bytes follow from the name. The GPU's engines are listed with the reason why they are not there.
+the bytes follow from the name. The GPU's are ``cuda-loop:N``, ``cuda-batch`` and ``cuda-kernel``; where they are not
+available, parse_engine() raises with the reason. ``auto`` alone may fall back, and says so.
 """
 
 import dataclasses
@@ -15,20 +16,50 @@ MAX_THREADS = 64
 MAX_CHANNELS = 16
 """As many as dcbm takes for one batch."""
 
-GPU_REASON = "this version has no GPU engines yet; on the CPU use batch+stream or mt:N+stream"
-NUMBERED = {"mt": ("cpu_mt", "threads", MAX_THREADS), "dma": ("dcbm", "channels", MAX_CHANNELS)}
+NUMBERED = {"mt": ("cpu_mt", "threads", MAX_THREADS), "dma": ("dcbm", "channels", MAX_CHANNELS),
+            "cuda-loop": ("dcbm", "channels", MAX_CHANNELS)}
 """Engines whose name carries a number: (migrator, what it counts, the largest)."""
 CUDA_ENGINES = ("cuda-loop", "cuda-batch", "cuda-kernel")
+AUTO = "batch+stream"
+"""What ``auto`` takes on the CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A way of copying. ``migrator`` is None for vanilla; ``threads`` are those that copy (dcbm's channels among them)."""
+    """A way of copying. ``migrator`` is None for vanilla; ``threads`` are those that copy (dcbm's channels among them).
+
+    ``copy_kernel`` is "plain", "stream", or the kind of a GPU engine. ``note`` is what a reader of its results must know.
+    """
 
     name: str
     migrator: str | None
     copy_kernel: str
     threads: int
+    note: str | None = None
+
+    @property
+    def on_gpu(self):
+        return self.copy_kernel in CUDA_ENGINES
+
+    @property
+    def path_kernel(self):
+        """With what the migration path copies what the migrator left: the CPU kernel of that name."""
+        return "plain" if self.on_gpu else self.copy_kernel
+
+    def check_placement(self, placement):
+        """InvalidInput unless it can copy between frames of this placement."""
+        if self.on_gpu and placement not in ("pinned", "nowhere"):
+            raise InvalidInput(f"engine {self.name!r} does not reach frames of placement {placement!r}; use offload bench "
+                               f"--nodes pinned,pinned, or a CPU engine such as batch+stream")
+
+    def make_backend(self):
+        """The copy alone, without migration: a CopyBackend to close. EngineUnavailable if the GPU is no longer there."""
+        if self.on_gpu:
+            from offload.kernels.cuda import open_device
+            from offload.kernels.cuda_engines import CudaBackend
+            return CudaBackend(open_device(), self.copy_kernel, self.threads)
+        from offload.kernels.cpu import CpuBackend
+        return CpuBackend(self.copy_kernel, self.threads)
 
     def make_migrator(self):
         """The migrator to register, or None: a new one each time; close() it when done."""
@@ -39,6 +70,11 @@ class Engine:
             return McCopy(self.copy_kernel)
         if self.migrator == "dcbm":
             from offload.migrators.dcbm import Dcbm
+            if self.on_gpu:
+                from offload.dmaengine import DmaDevice
+                from offload.kernels.cuda import open_device
+                from offload.kernels.cuda_engines import CudaProvider
+                return Dcbm(DmaDevice(CudaProvider(open_device(), self.copy_kernel, self.threads)), self.threads)
             return Dcbm.on_cpu(self.threads, self.copy_kernel)
         from offload.migrators.cpu_mt import CpuMt
         return CpuMt(self.threads, self.copy_kernel)
@@ -53,28 +89,58 @@ def parse_engine(text):
     """The Engine of a name. InvalidInput for a name that is none, EngineUnavailable for one that is not here."""
     base, plus, suffix = str(text).strip().partition("+")
     kind, colon, number = base.partition(":")
-    if kind in CUDA_ENGINES or kind == "auto":
-        reason = GPU_REASON if kind in CUDA_ENGINES else "there is nothing to choose from without a GPU engine"
-        raise EngineUnavailable(f"engine {text!r} is not available: {reason}")
-    if kind not in ("vanilla", "batch", *NUMBERED) or plus and suffix != "stream" or colon and kind not in NUMBERED:
+    if kind not in ("vanilla", "batch", "auto", *NUMBERED, *CUDA_ENGINES) or colon and kind not in NUMBERED or plus and (
+            suffix != "stream" or kind in ("auto", *CUDA_ENGINES)):
         raise InvalidInput(f"engine {text!r} is not known; use vanilla, batch, mt:N (N threads) or dma:N (N channels), each "
-                           f"also with +stream, such as batch+stream")
+                           f"also with +stream, such as batch+stream; cuda-loop:N, cuda-batch, cuda-kernel, or auto")
+    if kind == "auto":
+        return choose()
     kernel = "stream" if plus else "plain"
+    if kind in CUDA_ENGINES and kind not in NUMBERED:
+        return cuda_engine(kind, kind, 1)
     if kind not in NUMBERED:
         return Engine(str(text).strip(), None if kind == "vanilla" else "mc_copy", kernel, 1)
     migrator, what, most = NUMBERED[kind]
     if not re.fullmatch(r"[0-9]+", number) or not 1 <= int(number) <= most:
         raise InvalidInput(f"engine {text!r}: {number!r} is not a number of {what}; write {kind}:1 to {kind}:{most}")
+    if kind in CUDA_ENGINES:
+        return cuda_engine(f"{kind}:{int(number)}", kind, int(number))
     return Engine(f"{kind}:{int(number)}{plus}{suffix}", migrator, kernel, int(number))
+
+
+def cuda_engine(name, kind, channels):
+    """A GPU engine. EngineUnavailable where it cannot be used here: it was asked for, so nothing stands in for it."""
+    from offload.kernels.cuda import why_not
+    reason = why_not(kind)
+    if reason:
+        raise EngineUnavailable(f"engine {name!r} is not available: {reason}; on the CPU use {AUTO} or mt:N+stream")
+    return Engine(name, "dcbm", kind, channels)
+
+
+def choose():
+    """The engine of ``auto``, with a note of what it is and why: on the CPU as yet, with a GPU as well.
+
+    Which GPU engine is the fastest from which size on has to be measured on the device; no code for that has been run.
+    """
+    from offload.kernels.cuda import why_not
+    reason = why_not("cuda-kernel")
+    why = (f"no GPU engine is available: {reason}" if reason else
+           "the GPU engines are not calibrated in this version; name one to use it")
+    return dataclasses.replace(parse_engine(AUTO), name="auto", note=f"auto is {AUTO}, on the CPU; {why}")
+
+
+CUDA_DOES = {"cuda-loop": f"the whole batch, one copy call for each run, on N streams (1 to {MAX_CHANNELS})",
+             "cuda-batch": "the whole batch, up to 4096 runs in one copy call", "cuda-kernel": "the whole batch in one kernel launch"}
 
 
 def list_engines():
     """(name, migrator, what it does, reason why it is not available or None) of every engine there is a name for."""
+    from offload.kernels.cuda import why_not
     return (
         ("vanilla[+stream]", "none", "each folio in its move, on the calling thread", None),
         ("batch[+stream]", "mc_copy", "the whole batch before the moves, on the calling thread", None),
         ("mt:N[+stream]", "cpu_mt", f"the whole batch before the moves, on N threads (1 to {MAX_THREADS})", None),
         ("dma:N[+stream]", "dcbm", f"the whole batch before the moves, by a DMA engine of N threads (1 to {MAX_CHANNELS})", None),
-        *((name + (":N" if name == "cuda-loop" else ""), "dcbm", "the whole batch, by the GPU", GPU_REASON)
-          for name in CUDA_ENGINES),
+        *((name + (":N" if name in NUMBERED else ""), "dcbm", does, why_not(name)) for name, does in CUDA_DOES.items()),
+        ("auto", "mc_copy", choose().note, None),
     )

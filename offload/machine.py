@@ -15,7 +15,7 @@ from offload.jit import jit_entry
 from offload.kernels.cpu import KERNELS
 from offload.migrate.call import TargetControl
 from offload.migrate.pages import check_events, finish_call, migrate_pages
-from offload.mm.frames import PLACEMENTS, Frames
+from offload.mm.frames import Frames
 from offload.mm.memmap import (
     ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
     MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_movable_ops, PLACE_HOST,
@@ -39,8 +39,8 @@ from offload.syscalls import collect_folio_addresses, do_pages_move
 from offload.intrinsics import prefetch_record
 from offload.table import pack
 from offload.units import (
-    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, RULE_SETS, format_size, parse_mode, parse_protocol,
-    parse_reason, parse_size,
+    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, RULE_SETS, format_size, parse_mode, parse_placement,
+    parse_protocol, parse_reason, parse_size,
 )
 
 __all__ = ("Machine", "MachineConfig", "NodeConfig")
@@ -50,9 +50,10 @@ __all__ = ("Machine", "MachineConfig", "NodeConfig")
 class NodeConfig:
     """A node: ``pages`` base pages (0: no memory), with or without CPUs, its frames in ``placement``.
 
-    ``placement`` is "host" (bytes in host memory) or "nowhere" (metadata only: nothing can be read, written or
-    copied, a move moves metadata). A machine is one or the other throughout. ``hugepages``: folios of 2 MiB in its hugetlb
-    pool to begin with; when the pools are empty, surplus ones come and go as they are needed.
+    ``placement`` is "host" (bytes in host memory), "pinned" (in host memory that a GPU reaches; needs one) or "nowhere"
+    (metadata only: nothing can be read, written or copied, a move moves metadata). A machine is one of them throughout.
+    ``hugepages``: folios of 2 MiB in its hugetlb pool to begin with; when the pools are empty, surplus ones come and go as
+    they are needed.
     """
 
     pages: int = 4096
@@ -65,8 +66,7 @@ class NodeConfig:
             raise InvalidInput(f"pages {self.pages!r} of a node is not a number of base pages; write 0 or more")
         if not isinstance(self.hugepages, int) or self.hugepages < 0:
             raise InvalidInput(f"hugepages {self.hugepages!r} of a node is not a number of 2 MiB pages; write 0 or more")
-        if self.placement not in PLACEMENTS:
-            raise InvalidInput(f"placement {self.placement!r} is not known here; use one of: {', '.join(PLACEMENTS)}")
+        parse_placement(self.placement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class MachineConfig:
         if len(self.nodes) > 64:
             raise InvalidInput(f"{len(self.nodes)} nodes are more than the 64 that a machine can have")
         if len({node.placement for node in self.nodes}) > 1:
-            raise InvalidInput("nodes with and without bytes cannot be mixed; give all of them one placement")
+            raise InvalidInput("nodes of different placements cannot be mixed in this version; give all of them one")
         if not isinstance(self.batch_pages, int) or self.batch_pages < 1:
             raise InvalidInput(f"batch_pages {self.batch_pages!r} is not a number of base pages; mainline has 512")
         if self.kernel not in RULE_SETS:
@@ -145,8 +145,8 @@ class Machine:
             node.place = PLACE_NOWHERE if given.placement == "nowhere" else PLACE_HOST
             pfn += -(-given.pages // block) * block
         self.frames = None
-        if config.nodes[0].placement == "host":
-            self.frames = Frames(max(pfn - FIRST_PFN, 1))
+        if config.nodes[0].placement != "nowhere":
+            self.frames = Frames(max(pfn - FIRST_PFN, 1), config.nodes[0].placement)
             nodes.frames[:] = self.frames.address
         free_areas, free_bits = build_free_areas(nodes)
         sys = records(1, SYS_DTYPE)

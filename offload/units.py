@@ -12,7 +12,7 @@ import enum
 import errno
 import re
 
-from offload.errors import InvalidInput
+from offload.errors import InvalidInput, NotSupported
 
 __all__ = (
     "PAGE_SHIFT", "PAGE_SIZE", "HPAGE_PMD_ORDER", "HPAGE_PMD_NR", "MAX_PAGE_ORDER", "HPAGE_PUD_NR",
@@ -26,7 +26,7 @@ __all__ = (
     "MR_MEMPOLICY_MBIND", "MR_NUMA_MISPLACED", "MR_CONTIG_RANGE", "MR_LONGTERM_PIN", "MR_DEMOTION", "MR_DAMON",
     "RULES_6_12", "RULES_7_3", "RULES_MM_NEXT", "RULE_SETS",
     "PROTOCOLS", "PROTOCOL_V6", "PROTOCOL_V5", "PROTOCOL_FLAGS", "PROTOCOL_V4", "parse_protocol",
-    "parse_size", "format_size", "parse_unsigned", "parse_mode", "parse_reason",
+    "parse_size", "format_size", "parse_unsigned", "parse_mode", "parse_reason", "PLACEMENTS", "parse_placement",
 )
 
 PAGE_SHIFT = 12
@@ -161,6 +161,20 @@ def parse_reason(text):
     if str(text).upper() in MigrateReason.__members__:
         return MigrateReason[str(text).upper()]
     raise InvalidInput(f"reason {text!r} is not known; use one of: {', '.join(_TRACE_NAMES)}")
+
+
+PLACEMENTS = ("host", "pinned", "nowhere")
+"""Where the frames of a machine may lie: host memory, host memory that a GPU reaches, or metadata only."""
+
+
+def parse_placement(text):
+    """A word of PLACEMENTS. NotSupported for "device", InvalidInput for anything else."""
+    if text == "device":
+        raise NotSupported("frames in device memory ('device') are not built in this version: nobody could run them yet, see "
+                           "docs/gpu.md; use pinned, which a GPU reaches over PCIe")
+    if text not in PLACEMENTS:
+        raise InvalidInput(f"placement {text!r} is not known here; use one of: {', '.join(PLACEMENTS)}")
+    return text
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

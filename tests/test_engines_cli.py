@@ -9,8 +9,9 @@ import pytest
 import offload
 from conftest import World, on_duty
 from offload.cli import main
-from offload.engines import CUDA_ENGINES, MAX_CHANNELS, MAX_THREADS, list_engines, parse_engine
+from offload.engines import MAX_CHANNELS, MAX_THREADS, list_engines, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput
+from offload.kernels.cuda import Probe
 
 
 class TestParseEngine:
@@ -41,11 +42,28 @@ class TestParseEngine:
             parse_engine(text)
         assert ("dma:" if str(text).startswith("dma") else "mt:") in str(refused.value) and "\n" not in str(refused.value)
 
-    @pytest.mark.parametrize("text", [*CUDA_ENGINES, "cuda-loop:4", "auto", "cuda-kernel+stream"])
-    def test_not_here(self, text):
-        with pytest.raises(EngineUnavailable, match="not available") as refused:
+    @pytest.mark.parametrize("text", ["cuda-loop:4", "cuda-batch", "cuda-kernel"])
+    def test_not_here(self, no_gpu, text):
+        with pytest.raises(EngineUnavailable, match="not available: there is a reason; on the CPU use") as refused:
             parse_engine(text)
         assert repr(text) in str(refused.value) and refused.value.errno == 19
+
+    @pytest.mark.parametrize("text", ["cuda-loop", "cuda-loop:0", "cuda-loop:17", "cuda-kernel+stream", "cuda-batch:2", "auto:2",
+                                      "auto+stream", "cuda-tma"])
+    def test_no_name_of_a_gpu_engine(self, text):
+        with pytest.raises(InvalidInput, match="cuda-loop:") as refused:
+            parse_engine(text)
+        assert "\n" not in str(refused.value)
+
+    def test_auto_falls_back_and_says_so(self, no_gpu):
+        engine = parse_engine("auto")
+        assert (engine.name, engine.migrator, engine.copy_kernel) == ("auto", "mc_copy", "stream")
+        assert engine.note == "auto is batch+stream, on the CPU; no GPU engine is available: there is a reason"
+
+    def test_placements(self):
+        for name in ("vanilla", "batch+stream", "mt:2", "dma:2"):
+            for placement in ("host", "pinned", "nowhere"):
+                parse_engine(name).check_placement(placement)
 
 
 class TestMakeMigrator:
@@ -70,10 +88,10 @@ class TestMakeMigrator:
 class TestListEngines:
     """Every name there is is listed, and what is not available has its reason."""
 
-    def test_reasons(self):
+    def test_reasons(self, no_gpu):
         listed = {name: reason for name, _, _, reason in list_engines()}
         assert [name for name, reason in listed.items() if reason is None] == ["vanilla[+stream]", "batch[+stream]",
-                                                                            "mt:N[+stream]", "dma:N[+stream]"]
+                                                                            "mt:N[+stream]", "dma:N[+stream]", "auto"]
         for name, reason in listed.items():
             concrete = re.sub(r"\[.*?\]", "", name).replace("N", "2")
             if reason is None:
@@ -81,6 +99,12 @@ class TestListEngines:
             else:
                 with pytest.raises(EngineUnavailable, match=re.escape(reason)):
                     parse_engine(concrete)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, whatever this one has."""
+    monkeypatch.setattr("offload.kernels.cuda.probe", lambda: Probe("there is a reason"))
 
 
 class Done:
@@ -120,7 +144,7 @@ class TestCommandLine:
         done = run()
         assert done.returncode == 2 and "Usage" in done.stdout + done.stderr
 
-    def test_engines(self, run):
+    def test_engines(self, run, no_gpu):
         done = run("engines")
         assert (done.returncode, done.stderr) == (0, "")
         lines = done.stdout.splitlines()
@@ -143,6 +167,24 @@ class TestCommandLine:
         done = run(*args)
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(r"offload: [^\n]+\n", done.stderr)
+
+    @pytest.mark.parametrize("args", [
+        ("--engines", "cuda-loop:2"), ("--engines", "vanilla,cuda-kernel"), ("--nodes", "device,device"),
+        ("--nodes", "pinned,device"), ("--nodes", "pinned,pinned"), ("--nodes", "pinned,host"), ("--nodes", "host"),
+        ("--nodes", "moon,host"),
+    ])
+    def test_a_gpu_that_is_not_there(self, run, no_gpu, args):
+        done = run("bench", "--size", "2M", *args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"offload: [^\n]+\n", done.stderr)
+        if "device" in args[1]:
+            assert "'device'" in done.stderr and "not built in this version" in done.stderr
+        elif args[0] == "--engines" or args[1] == "pinned,pinned":
+            assert "there is a reason" in done.stderr
+
+    def test_auto_says_what_it_is(self, run, no_gpu):
+        done = run("bench", "--size", "2M", "--orders", "9", "--repeat", "1", "--warmup", "0", "--engines", "auto")
+        assert done.returncode == 0 and "\nauto is batch+stream, on the CPU; no GPU engine is available: there is a reason\n" in done.stdout
 
     def test_as_a_command(self):
         """The exit status reaches the shell, and nothing but the line is printed."""

@@ -67,7 +67,7 @@ class Bench:
         self.config = config
         node = NodeConfig(config.node_pages, placement=config.placement)
         self.machine = Machine(nodes=[node, node], batch_pages=config.batch_pages, protocol=config.protocol)
-        self.has_bytes = config.placement == "host"
+        self.has_bytes = config.placement != "nowhere"
         self.nr_pages = config.size // PAGE_SIZE
         if self.has_bytes:
             words = np.random.default_rng(config.seed).integers(0, 1 << 64, config.size // 8, np.uint64)
@@ -91,7 +91,7 @@ class Bench:
             listed = folios[sequence]
             self.poison_node(1)
 
-            use_copy_kernel(machine, engine.copy_kernel)
+            use_copy_kernel(machine, engine.path_kernel)
             with machine.migrator(migrator) if migrator else contextlib.nullcontext(), no_garbage_collection():
                 cpu, wall = time.process_time_ns(), time.perf_counter_ns()
                 result = machine.migrate_pages(listed, 1, mode=self.config.mode, reason=REASON, time_copies=time_copies)
@@ -247,7 +247,7 @@ def make_row(config, engine, order, timed, others):
            "cpu_s": float(np.mean([run.cpu_ns for run in timed])) / 1e9,
            "moved_bytes": min(run.result.moved_bytes for run in timed),
            "verified": all(run.verified for run in timed + others)}
-    if config.placement == "host":
+    if config.placement != "nowhere":
         row["gbps"] = spread([run.result.moved_bytes / run.wall_ns for run in timed])
     else:
         row["ns_per_folio"] = spread([run.wall_ns / row["folios"] for run in timed])
@@ -266,7 +266,7 @@ def make_manifest(config, date):
         "date": date, "command": config.command_line(), "seed": config.seed, "size": config.size,
         "orders": list(config.orders), "engines": [engine.name for engine in config.engines], "repeat": config.repeat,
         "warmup": config.warmup, "batch_pages": config.batch_pages, "mode": config.mode.name, "protocol": config.protocol, "reason": REASON,
-        "nodes": [config.placement] * 2,
+        "nodes": [config.placement] * 2, "notes": [engine.note for engine in config.engines if engine.note],
         "units": {"gbps": "10^9 bytes that arrived per second", "cpu_s": "seconds of all threads, mean of the timed runs",
                   "phases_ns": "ns per run", "blocked_ns": "ns per folio", "ns_per_folio": "ns of wall clock",
                   "moved_bytes": "bytes per run, the least of the timed runs"},
@@ -274,7 +274,7 @@ def make_manifest(config, date):
                  "poisoning, verifying",
         "phases": "one extra run of each cell that is not timed, with two more clock readings a copy in the move phase",
         "verified": "every byte through the page table, and each folio whole on node 1, in every run"
-                    if config.placement == "host" else "each folio whole on node 1, in every run; there are no bytes",
+                    if config.placement != "nowhere" else "each folio whole on node 1, in every run; there are no bytes",
     }
 
 
@@ -286,7 +286,7 @@ def compile_once(config):
         print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
     engines = tuple(dict.fromkeys((*map(parse_engine, ("vanilla", "batch", "mt:2")), *config.engines)))
     tiny = dataclasses.replace(config, size=PAGE_SIZE << HPAGE_PMD_ORDER, orders=(0, HPAGE_PMD_ORDER), engines=engines,
-                               repeat=1, warmup=0, placement="host")
+                               repeat=1, warmup=0, placement=config.placement if any(engine.on_gpu for engine in engines) else "host")
     with exit_on_interrupt(), Session(tiny) as session:
         for order in tiny.orders:
             session.run_order(order)

@@ -8,9 +8,9 @@ import dataclasses
 import pathlib
 
 from offload.engines import Engine, parse_engine
-from offload.errors import InvalidInput
+from offload.errors import InvalidInput, NotSupported
 from offload.units import (
-    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode,
+    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode, parse_placement,
     parse_protocol, parse_size,
 )
 
@@ -20,7 +20,6 @@ DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": "vanilla,vanilla
             "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION, "mode": "MIGRATE_SYNC", "protocol": "v6",
             "nodes": "host,host", "seed": 0}
 
-PLACEMENTS = ("host", "nowhere")
 MOST = 1 << 40
 """Of any count: beyond use, and far from overflowing."""
 BLOCK = PAGE_SIZE << MAX_PAGE_ORDER
@@ -33,7 +32,7 @@ class BenchConfig:
     """A benchmark to run, checked when made: InvalidInput or EngineUnavailable says what cannot be.
 
     ``size``: bytes migrated in each run, a multiple of the largest folio. ``orders``: folio orders 0 to 9. ``repeat`` timed
-    runs of each cell follow ``warmup`` untimed ones. ``placement``: "host", or "nowhere" for metadata alone.
+    runs of each cell follow ``warmup`` untimed ones. ``placement``: "host", "pinned", or "nowhere" for metadata alone.
     """
 
     size: int
@@ -75,6 +74,12 @@ class BenchConfig:
         if self.size % (PAGE_SIZE << max(self.orders)) or self.size <= 0:
             raise InvalidInput(f"size {self.size} is not a positive multiple of the largest folio, "
                                f"{format_size(PAGE_SIZE << max(self.orders))}; round it to one")
+        parse_placement(self.placement)
+        for engine in self.engines:
+            engine.check_placement(self.placement)
+        if self.placement == "pinned":
+            from offload.kernels.cuda import open_device
+            open_device()                           # the reason first, not after compiling
         need, available = needed_bytes(self), available_bytes()
         if need > available:
             raise InvalidInput(f"size {format_size(self.size)} needs about {need / 1e9:.1f} GB of memory and "
@@ -114,10 +119,16 @@ def parse_order(text):
 
 
 def parse_nodes(text):
-    """The placement of both nodes, from ``"host,host"`` or ``"nowhere,nowhere"``."""
+    """The placement of both nodes, from ``"host,host"``, ``"pinned,pinned"`` or ``"nowhere,nowhere"``."""
     placements = [word.strip() for word in str(text).split(",")]
-    if len(placements) != 2 or placements[0] != placements[1] or placements[0] not in PLACEMENTS:
-        raise InvalidInput(f"nodes {text!r} cannot be benchmarked; use host,host, or nowhere,nowhere for metadata alone")
+    if len(placements) != 2:
+        raise InvalidInput(f"nodes {text!r} are not two placements; use host,host, pinned,pinned (memory that a GPU reaches), "
+                           f"or nowhere,nowhere for metadata alone")
+    for placement in placements:
+        parse_placement(placement)
+    if placements[0] != placements[1]:
+        raise NotSupported(f"nodes {text!r} lie in different kinds of memory, which this version cannot mix; use "
+                           f"{placements[0]},{placements[0]} or {placements[1]},{placements[1]}")
     return placements[0]
 
 
@@ -131,7 +142,7 @@ def needed_bytes(config):
     nr_folios = config.size // (PAGE_SIZE << min(config.orders))
     metadata = 2 * config.node_pages * (RECORD_BYTES + 16)
     lists = nr_folios * (200 + 8 * config.repeat * len(config.engines))
-    frames = 2 * config.node_pages * PAGE_SIZE + config.size if config.placement == "host" else 0
+    frames = 2 * config.node_pages * PAGE_SIZE + config.size if config.placement != "nowhere" else 0
     return metadata + lists + frames + (128 << 20)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.kernels.base import CopyPlan
-from offload.kernels.cpu import CpuBackend
 from offload.units import PAGE_SIZE
 
 __all__ = ("Limits",)
@@ -21,7 +20,7 @@ class Limits:
     """Samples of each limit, in GB/s. ``close()`` ends the threads."""
 
     def __init__(self, engines):
-        self._backends = {engine.limit_key: CpuBackend(engine.copy_kernel, engine.threads) for engine in engines}
+        self._backends = {engine.limit_key: engine.make_backend() for engine in engines}
         self._scattered = {}            # (key, order) -> samples
         self._contiguous = []
 

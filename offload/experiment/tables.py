@@ -13,6 +13,7 @@ __all__ = ("bench_tables", "speedup", "share_of_limit", "share_of_copy", "unveri
 
 ABSENT = "--"
 FIRST_WIDTH, COLUMN_WIDTH = 15, 11
+KERNELS = ("plain", "stream")
 
 
 # 1. Derived numbers. Ratios are of medians: one run that was disturbed moves a mean, not them.
@@ -25,9 +26,10 @@ def median_speed(row):
 
 
 def speedup(result, row):
-    """Median speed over that of vanilla with the same copy kernel at the same order, or None."""
+    """Median speed over that of vanilla with the same copy kernel (plain, for a GPU engine) at the same order, or None."""
+    kernel = row["copy_kernel"] if row["copy_kernel"] in KERNELS else "plain"       # the GPU's stand beside the kernel's own
     base = next((other for other in result["rows"] if other["engine"].partition("+")[0] == "vanilla"
-                 and other["copy_kernel"] == row["copy_kernel"] and other["order"] == row["order"]), None)
+                 and other["copy_kernel"] == kernel and other["order"] == row["order"]), None)
     speed, base_speed = median_speed(row), median_speed(base)
     return speed / base_speed if speed and base_speed else None
 
@@ -71,12 +73,13 @@ def us_text(ns):
 def bench_tables(result):
     """What ``offload bench`` prints: lines of text and rich tables, in order; the line above a table is its title."""
     manifest = result["manifest"]
-    host = manifest["nodes"][0] == "host"
+    host = manifest["nodes"][0] != "nowhere"
     batch = f"batch limit {manifest['batch_pages']} base pages"
     yield (f"{format_size(manifest['size'])} a run, node 0 to node 1 ({','.join(manifest['nodes'])}), {manifest['mode']}, "
            f"protocol {manifest['protocol']}, {batch}; {manifest['repeat']} runs after {manifest['warmup']} to warm up, seed {manifest['seed']}")
     yield (f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, thp {manifest['thp']}, "
            f"commit {manifest['git_commit']}")
+    yield from manifest["notes"]
     if host:
         yield f"\nGB/s of the whole call, mean±SD; {batch}"
         yield by_size(result, lambda row: spread_text(row["gbps"], 2))

@@ -1,14 +1,15 @@
 """Where the bytes of a node's page frames live, and the copy of one folio.
 
 Stands for the direct map, folio_mc_copy() (mm/util.c) and folio_zero_range(); v7.3. A machine's frames lie
-either in host memory (one anonymous mapping for all nodes, huge pages advised) or *nowhere*: metadata only, so
+in host memory (one anonymous mapping for all nodes, huge pages advised), in *pinned* memory (page-locked by the CUDA
+driver: the CPU does with it what it does with any, and a GPU reaches it), or *nowhere*: metadata only, so
 that a large machine fits in little memory; then a copy moves nothing and is not counted.
 
-Frames of device and pinned memory come with the GPU engines.
+Leaves out frames in device memory: the compiled path would have to stop for each copy, and nobody could run it yet.
 """
 
-import ctypes
 import mmap
+import weakref
 
 import numpy as np
 
@@ -23,33 +24,55 @@ __all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_
 
 POISON = 0xAA
 HUGE_PAGE = 2 << 20
-PLACEMENTS = ("host", "nowhere")
 
 
 class Frames:
-    """The host memory behind ``nr_pages`` frames from FIRST_PFN on. ``address`` is the one pfn 0 would have.
+    """The memory behind ``nr_pages`` frames from FIRST_PFN on. ``address`` is the one pfn 0 would have.
 
-    Raises OutOfMemory when the mapping cannot be had; nothing of it is resident before it is touched.
+    ``placement`` is "host" or "pinned". Raises OutOfMemory when the memory cannot be had, EngineUnavailable where no GPU
+    is there to pin it for. Nothing of host memory is resident before it is touched, all of pinned memory is. It is given
+    back when neither this object nor a view is left.
     """
 
-    def __init__(self, nr_pages):
+    def __init__(self, nr_pages, placement="host"):
         self.nbytes = nr_pages * PAGE_SIZE
-        try:
-            self._map = mmap.mmap(-1, self.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, OverflowError, ValueError) as error:
-            raise OutOfMemory(f"no room for {format_size(self.nbytes)} of frames on this host ({error}); make the "
-                              f"nodes smaller, or metadata only (placement 'nowhere')") from None
-        self._map.madvise(mmap.MADV_HUGEPAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._start = -(-start // HUGE_PAGE) * HUGE_PAGE
-        self.address = self._start - (FIRST_PFN << PAGE_SHIFT)
+        whole = (pinned_bytes if placement == "pinned" else host_bytes)(self.nbytes + HUGE_PAGE)
+        offset = -whole.ctypes.data % HUGE_PAGE
+        self._bytes = whole[offset:offset + self.nbytes]
+        self.address = self._bytes.ctypes.data - (FIRST_PFN << PAGE_SHIFT)
 
     def view(self, pfn, nr_pages):
         """The bytes of pages ``pfn`` .. as a writable uint8 array of shape (nr_pages, PAGE_SIZE); no copy."""
-        offset = self._start - ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + (pfn - FIRST_PFN) * PAGE_SIZE
-        if pfn < FIRST_PFN or (pfn - FIRST_PFN + nr_pages) * PAGE_SIZE > self.nbytes:
+        start = (pfn - FIRST_PFN) * PAGE_SIZE
+        if pfn < FIRST_PFN or start + nr_pages * PAGE_SIZE > self.nbytes:
             raise InvalidInput(f"pages {pfn}..{pfn + nr_pages - 1} are not frames of this machine")
-        return np.frombuffer(self._map, np.uint8, nr_pages * PAGE_SIZE, offset).reshape(nr_pages, PAGE_SIZE)
+        return self._bytes[start:start + nr_pages * PAGE_SIZE].reshape(nr_pages, PAGE_SIZE)
+
+
+def host_bytes(nbytes):
+    """Fresh anonymous memory, huge pages advised: a uint8 array."""
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise OutOfMemory(f"no room for {format_size(nbytes)} of frames on this host ({error}); make the nodes smaller, or "
+                          f"metadata only (placement 'nowhere')") from None
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def pinned_bytes(nbytes):
+    """Fresh page-locked memory that the GPU reaches: a uint8 array, unpinned when the last view of it has gone."""
+    from offload.kernels.cuda import open_device
+    from offload.kernels.cuda_engines import CudaError, PinnedMemory
+    device = open_device()
+    try:
+        memory = PinnedMemory(device, nbytes)
+    except CudaError as error:
+        raise OutOfMemory(f"no room for {format_size(nbytes)} of pinned memory ({error}); make the nodes smaller, or use "
+                          f"placement 'host'") from None
+    view = memory.view()
+    weakref.finalize(view.base, memory.close)
+    return view
 
 
 @jit_inline

@@ -265,7 +265,7 @@ def result_of(moved):
         "manifest": {
             "pid": snapshot.pid, "comm": snapshot.comm, "taken": snapshot.taken, "kernel": snapshot.kernel,
             "layout_only": snapshot.layout_only, "folio_sizes_known": snapshot.folio_sizes_known,
-            "engine": engine.name, "migrator": moved.migrator_name, "copy_kernel": engine.copy_kernel,
+            "engine": engine.name, "note": engine.note, "migrator": moved.migrator_name, "copy_kernel": engine.copy_kernel,
             "threads": engine.threads, "batch_pages": rebuilt.machine.config.batch_pages, "mode": "MIGRATE_SYNC",
             "protocol": rebuilt.machine.config.protocol, "reason": "syscall_or_cpuset", "move_all": moved.move_all,
             "read_ns": snapshot.read_ns,
@@ -312,6 +312,8 @@ def print_result(result, out):
          f"{manifest['threads']} thread{'s' * (manifest['threads'] > 1)}, batch limit {manifest['batch_pages']} pages; "
          f"protocol {manifest['protocol']}, MIGRATE_SYNC, {manifest['reason']}, "
          f"{'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
+    if manifest["note"]:
+        show(manifest["note"])
     show("")
     names = ("pages_seen", "pages_moved", "pages_failed", "pages_skipped")
     rows = [(kind, *(counts[name] for name in names)) for kind, counts in result["kinds"].items()]
