@@ -1,0 +1,192 @@
+"""The CUDA engines on a device: the conformance of every backend and provider, in each pair of memories, and the whole path.
+
+The same classes run on the stub of the driver in tests/test_cuda_engines.py. Nothing here asserts a speed. Without a device
+all of it is skipped, with the reason of the probe.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import World, on_duty
+from dma_conformance import DmaConformance
+from kernel_conformance import GUARD_FRAMES, KernelConformance, scattered_plan, verdicts
+
+from offload.engines import parse_engine
+from offload.kernels.base import FRAME_SIZE
+from offload.kernels.cuda import open_device, probe, self_test, why_not
+from offload.kernels.cuda_engines import CudaBackend, CudaProvider, PinnedMemory
+from offload.machine import Machine, NodeConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(probe().reason is not None, reason=f"needs a GPU: {probe().reason}")]
+
+
+@pytest.fixture
+def need():
+    """``need(way)`` skips where this device cannot do it."""
+    def need(way):
+        reason = why_not(way)
+        if reason:
+            pytest.skip(f"{way}: {reason}")
+    return need
+
+
+class PinnedArena:
+    """HostArena's members, in memory that host and device reach."""
+
+    def __init__(self, nr_frames):
+        self.memory = PinnedMemory(open_device(), (nr_frames + 2 * GUARD_FRAMES) * FRAME_SIZE)
+        self._bytes = self.memory.view().reshape(-1, FRAME_SIZE)
+        self.base = self.memory.address + GUARD_FRAMES * FRAME_SIZE
+
+    def read(self):
+        return self._bytes.copy()
+
+    def write(self, frames):
+        self._bytes[:] = frames
+
+    def __del__(self):
+        self.memory.close()
+
+
+class DeviceArena:
+    """The same in device memory; read and written through a pinned one."""
+
+    def __init__(self, nr_frames):
+        self.device = open_device()
+        self.device.enter()
+        self.staging = PinnedArena(nr_frames)
+        self.nbytes = self.staging.memory.nbytes
+        self.address = self.device.driver.alloc(self.nbytes)
+        self.base = self.address + GUARD_FRAMES * FRAME_SIZE
+        self.stream = self.device.driver.stream()
+
+    def _copy(self, dst, src):
+        self.device.enter()
+        self.device.driver("cuMemcpyAsync", dst, src, self.nbytes, self.stream)
+        self.device.driver("cuStreamSynchronize", self.stream)
+
+    def read(self):
+        self._copy(self.staging.memory.address, self.address)
+        return self.staging.read()
+
+    def write(self, frames):
+        self.staging.write(frames)
+        self._copy(self.address, self.staging.memory.address)
+
+    def __del__(self):
+        self.device.quietly("cuStreamDestroy_v2", self.stream)
+        self.device.quietly("cuMemFree_v2", self.address)
+
+
+def conformance(way, chans, arena):
+    """The conformance class of an engine between two arenas of one kind."""
+    class Test(KernelConformance):
+        @staticmethod
+        def make():
+            reason = why_not(way)
+            if reason:
+                pytest.skip(f"{way}: {reason}")
+            return CudaBackend(open_device(), way, chans)
+    Test.arena = arena
+    return Test
+
+
+class TestLoopPinned(conformance("cuda-loop", 2, PinnedArena)):
+    pass
+
+
+class TestLoopDevice(conformance("cuda-loop", 2, DeviceArena)):
+    pass
+
+
+class TestBatchPinned(conformance("cuda-batch", 1, PinnedArena)):
+    pass
+
+
+class TestBatchDevice(conformance("cuda-batch", 1, DeviceArena)):
+    pass
+
+
+class TestKernelPinned(conformance("cuda-kernel", 1, PinnedArena)):
+    pass
+
+
+class TestKernelDevice(conformance("cuda-kernel", 1, DeviceArena)):
+    pass
+
+
+class TestBetweenMemories:
+    """Up, down, across, and from host to host by way of the device."""
+
+    @pytest.mark.parametrize("way", ["cuda-loop", "cuda-batch", "cuda-kernel"])
+    @pytest.mark.parametrize("dst_kind, src_kind", list(itertools.product((PinnedArena, DeviceArena), repeat=2)))
+    def test_every_pair(self, need, way, dst_kind, src_kind):
+        need(way)
+        rng = np.random.default_rng(1)
+        orders = rng.integers(0, 10, 50)
+        nr_frames = int((1 << orders).sum()) + 64
+        dst, src = dst_kind(nr_frames), src_kind(nr_frames)
+        for arena in (dst, src):
+            arena.write(rng.integers(0, 256, (nr_frames + 2 * GUARD_FRAMES, FRAME_SIZE), np.uint8))
+        plan = scattered_plan(rng, nr_frames, orders, dst.base, src.base)
+        before, done = (dst.read(), src.read()), np.zeros(len(orders), np.uint8)
+        with CudaBackend(open_device(), way) as backend:
+            assert backend.copy(plan, done) == 0 and done.all()
+        assert verdicts(plan, before, (dst.read(), src.read())) == []
+
+    @pytest.mark.parametrize("way", ["cuda-batch", "cuda-kernel"])
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_a_hundred_thousand_pages(self, need, way, overlap):
+        need(way)
+        nr, rng = 100_000, np.random.default_rng(2)
+        dst, src = DeviceArena(nr), DeviceArena(nr)
+        src.write(rng.integers(0, 256, (nr + 2 * GUARD_FRAMES, FRAME_SIZE), np.uint8))
+        plan = scattered_plan(rng, nr, np.zeros(nr, np.int64), dst.base, src.base)
+        expected, done = src.read()[GUARD_FRAMES + plan.src], np.zeros(nr, np.uint8)
+        with CudaBackend(open_device(), way, overlap=overlap) as backend:
+            assert backend.copy(plan, done) == 0 and done.all()
+        assert np.array_equal(dst.read()[GUARD_FRAMES + plan.dst], expected)
+
+
+class TestProviderDevice(DmaConformance):
+    """Streams as channels of a DMA engine."""
+
+    @staticmethod
+    def make():
+        return CudaProvider(open_device(), "cuda-loop", 2)
+
+    @staticmethod
+    def arena(nr_frames):
+        return PinnedArena(nr_frames)
+
+
+class TestKernelProviderDevice(TestProviderDevice):
+    @staticmethod
+    def make():
+        reason = why_not("cuda-kernel")
+        if reason:
+            pytest.skip(f"cuda-kernel: {reason}")
+        return CudaProvider(open_device(), "cuda-kernel", 2)
+
+
+class TestMigration:
+    """The whole path over pinned frames."""
+
+    @pytest.mark.parametrize("name", ["cuda-loop:2", "cuda-batch", "cuda-kernel"])
+    def test_every_byte_arrives(self, need, name):
+        need(name.partition(":")[0])
+        engine = parse_engine(name)
+        world = World.__new__(World)
+        world.machine = Machine(nodes=(NodeConfig(8192, placement="pinned"),) * 2, poison=True)
+        world.process, world.expected, world.held = world.machine.process(), [], []
+        pfns = [*world.pfns(400), *world.pfns(60, 3), *world.pfns(8, 9)]
+        with on_duty(world.machine, engine.make_migrator()):
+            result = world.migrate(pfns)
+        assert result.rc == 0 and result.copies["batched"] == len(pfns)
+        world.check()
+
+
+class TestSelfTest:
+    def test_right(self):
+        assert self_test(open_device()) is None
