@@ -66,7 +66,7 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     "target_special", "nmask", "nmask_next", "interleave", "ilx", "own_free",
     # migrate_pages()
     "pages_at", "from_at", "rc", "total", "hang", "interrupted",
-    # migrate_hugetlbs(): whether there are hugetlb folios on the list; where the folio in hand stands; its destination, moved
+    # migrate_hugetlbs(): whether the list has hugetlb folios (HUGETLB_*); where the one in hand stands; where it has moved to
     "hugetlb", "hugetlb_at", "moved_dst",
     # migrate_pages_sync(): its stage, and the counters as they were before it
     "sync_at", "sync_i", "sync_failed", "nr_failed_pages_before", "nr_thp_failed_before", "nr_thp_split_before",

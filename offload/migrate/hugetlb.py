@@ -23,11 +23,11 @@ or in NR_ISOLATED_*.
 import numpy as np
 
 from offload.intrinsics import clock_ns, ticks
-from offload.jit import jit, jit_once
+from offload.jit import jit, jit_entry, jit_once
 from offload.migrate.batch import end_phase
 from offload.migrate.call import (
     DONE, L_FROM, L_RET, STEP_COPIED, STEP_MOVE, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_STEP, list_add_tail,
-    step_after, step_before,
+    step_after, step_before, unpack_call,
 )
 from offload.migrate.move import folio_migrate_flags
 from offload.migrate.unmap import get_anon_vma, migrate_folio_undo_dst, put_anon_vma, should_fail_alloc
@@ -38,7 +38,7 @@ from offload.mm.hugetlb import (
 )
 from offload.mm.memmap import (
     NO_PFN, PG_hugetlb, PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, folio_expected_ref_count, folio_test_anon, folio_trylock,
-    folio_unlock,
+    folio_unlock, unpack,
 )
 from offload.mm.mempolicy import interleave_nid
 from offload.mm.node import folio_put
@@ -50,8 +50,10 @@ from offload.units import (
     NR_MAX_MIGRATE_PAGES_RETRY, NUMA_NO_NODE, PAGE_SHIFT, RULES_MM_NEXT,
 )
 
-__all__ = ("migrate_hugetlbs",)
+__all__ = ("HUGETLB_FIRST", "migrate_hugetlbs")
 
+# Whether the list has hugetlb folios that are to be migrated, or that have been; in ``call.state.hugetlb``, 0 if it has none.
+HUGETLB_FIRST, HUGETLB_THROUGH = 1, 2
 # Where the folio in hand stands, in ``call.state.hugetlb_at``.
 HUGETLB_BEGIN = 0           # nothing done yet
 HUGETLB_UNMAPPED = 1        # unmapped, locked; its destination is in ``dst``
@@ -60,14 +62,18 @@ HUGETLB_REPLACE = 3         # copied; about to replace the mapping
 HUGETLB_UNDO = 4            # failed with ``batch_rc``; about to be restored
 
 
-@jit
-def migrate_hugetlbs(mem, call):
-    """Migrate the hugetlb folios on L_FROM. 0 when through, or STOP_STEP.
+@jit_entry
+def migrate_hugetlbs(mem_table, call_table):
+    """Migrate the hugetlb folios on L_FROM. 0 when through (also if it is called again), or STOP_STEP.
 
     ``total`` is then -ENOMEM, or the number of them that were not migrated: those for which there is no hope are on L_RET,
     the others still on L_FROM.
     """
+    mem = unpack(mem_table)
+    call = unpack_call(call_table)
     c = call.state[0]
+    if c.hugetlb != HUGETLB_FIRST:
+        return DONE
     frm = call.lists[L_FROM]
     while c.in_pass or (c.pass_ == 0 or c.retry) and c.pass_ < NR_MAX_MIGRATE_PAGES_RETRY:
         if c.in_pass == 0:
@@ -97,6 +103,7 @@ def migrate_hugetlbs(mem, call):
     c.total = c.saved if c.saved else c.failed + c.retry
     if c.saved == 0:
         c.nr_failed_pages += c.retry_pages
+    c.hugetlb = HUGETLB_THROUGH
     return DONE
 
 

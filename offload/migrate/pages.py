@@ -18,7 +18,7 @@ from offload.migrate.call import (
     CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_CALLBACK, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
     make_call, unpack_call,
 )
-from offload.migrate.hugetlb import migrate_hugetlbs
+from offload.migrate.hugetlb import HUGETLB_FIRST, migrate_hugetlbs
 from offload.mm.memmap import PG_hugetlb, unpack
 from offload.table import pack
 from offload.units import EAGAIN, MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
@@ -26,7 +26,7 @@ from offload.units import EAGAIN, MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, Mig
 __all__ = ("migrate_pages", "MigrateResult", "Event")
 
 # Where a call stands, in ``call.state.pages_at``.
-PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END, PAGES_DONE, PAGES_HUGETLB = range(6)
+PAGES_CUT, PAGES_BATCH, PAGES_SPLIT, PAGES_END, PAGES_DONE = range(5)
 
 
 @jit_entry
@@ -65,11 +65,6 @@ def migrate_pages_run(mem_table, call_table):
                 return stop
             move_list(call, L_SPLIT, L_RET)
             c.pages_at = next_batch(call)
-        elif c.pages_at == PAGES_HUGETLB:
-            stop = migrate_hugetlbs(mem, call)
-            if stop:
-                return stop
-            c.pages_at = PAGES_END if c.total < 0 or c.interrupted else PAGES_CUT
         elif c.pages_at == PAGES_END:
             finish(mem, call)
             c.pages_at = PAGES_DONE
@@ -243,7 +238,7 @@ def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, eve
     state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
     if plain(mem.nodes)["nr_hugepages"].any() and (plain(mem.folios)["page_flags"][pfns] & PG_hugetlb).any():
-        state["hugetlb"], state["pages_at"] = 1, PAGES_HUGETLB
+        state["hugetlb"] = HUGETLB_FIRST
     if plain(mem.sys)["alloc_fail_times"][0]:
         state["target_special"] = 1
     state["stop_mask"] = np.bitwise_or.reduce([0, *(STEPS[event.step] for event in events)])
@@ -258,7 +253,7 @@ def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, eve
     while stop != DONE:
         try:
             # Ctrl-C during compiled code is raised here, before ``stop`` is set: the call is taken up once more.
-            stop = migrate_pages_run(machine.table, call_table)
+            stop = take_up(state, machine.table, call_table)
             if stop == STOP_OFFLOAD_COPY:
                 if error is None:
                     offload_copy(machine.mem, call, int(state["nr_batch"][0]), frames, offload)
@@ -300,9 +295,23 @@ def finish_call(machine, call):
     state = plain(call.state)
     state["stop_mask"], state["step_passed"], state["interrupted"] = 0, 0, 1
     call_table = pack(call)
-    while migrate_pages_run(machine.table, call_table) != DONE:
+    while take_up(state, machine.table, call_table) != DONE:
         pass
     return make_result(call, 0, 0, 1.0)
+
+
+def take_up(state, mem_table, call_table):
+    """Take a call up where it stands: DONE when it is through, or a STOP_* number.
+
+    If there are hugetlb folios, they come first; what migrates them is compiled by the first call that has any.
+    """
+    if state["hugetlb"][0]:
+        stop = migrate_hugetlbs(mem_table, call_table)
+        if stop != DONE:
+            return stop
+        if state["nr_batches"][0] == 0 and (state["total"][0] < 0 or state["interrupted"][0]):
+            state["pages_at"] = max(PAGES_END, state["pages_at"][0])    # nothing else on the list is tried
+    return migrate_pages_run(mem_table, call_table)
 
 
 def run_events(events, step, pfn):
