@@ -18,19 +18,19 @@ from offload.migrate.pages import check_events, finish_call, migrate_pages
 from offload.mm.frames import Frames
 from offload.mm.memmap import (
     ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
-    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_movable_ops, PLACE_HOST,
-    PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
+    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NO_PFN, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_ksm, PG_lru,
+    PG_movable_ops, PG_reserved, PLACE_HOST, PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
     Memory, page_folio, records, unpack, zeros,
 )
 from offload.mm.fault import lookup_page
 from offload.mm.hugetlb import HPAGE_NR, alloc_hugetlb_pool, folio_putback_hugetlb, isolate_folio
-from offload.mm.ksm import ksm_add_mapping, set_page_stable_node
+from offload.mm.ksm import ksm_add_mapping, ksm_merge_page, set_page_stable_node
 from offload.mm.movable_ops import (
     TOLD_OWNER, alloc_movable_ops_pages, free_movable_ops_page, isolate_movable_ops_page, putback_movable_ops_page,
 )
 from offload.mm.node import (
     build_free_areas, folio_putback_lru, fragment_node, free_node, free_reserved_pages,
-    lru_add_drain,
+    lru_add_drain, lru_stat_add,
 )
 from offload.mm.pagetable import PTRS, free_pgtables, pgd_alloc
 from offload.mm.process import File, Process
@@ -131,8 +131,10 @@ class Machine:
         self._next_row = dict.fromkeys(("vmas", "anon_vmas", "avcs", "rmap_items", "mappings", "mms", "others"), 1)
         self.owners = [None, None]                 # of movable_ops pages, by number; TOLD_OWNER is no object
         self._next_swap_entry = 1
+        self._swap_device = self._vdso = self._init = None
         self._free_rows = {"vmas": [], "avcs": [], "mms": []}
         self._held = {}
+        self.tracer = None                          # told of each call: begin() returns events, end() gets the MigrateResult
         self._build(config)
         self.offload = CopyOffload(self.mem)
 
@@ -164,7 +166,7 @@ class Machine:
         self._set_mem(Memory(
             folios, orders, nodes, free_areas, free_bits, np.zeros(64 * PTRS, np.int64), records(8, MM_DTYPE),
             records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE),
-            records(1, RMAP_ITEM_DTYPE), records(8, MAPPING_DTYPE), np.zeros(1, np.int64),
+            records(1, RMAP_ITEM_DTYPE), records(8, MAPPING_DTYPE), np.zeros(1, np.int64), np.zeros(1, np.int64),
             np.zeros(MAX_PAGE_ORDER + 1, np.int64), records(1, OTHERS_DTYPE), np.zeros(1, np.int64),
             np.zeros(LRU_BATCH_SIZE, np.int64), sys))
         for nid in range(len(nodes)):
@@ -179,13 +181,18 @@ class Machine:
 
     # --- processes and files ----------------------------------------------------------------------------------
 
-    def process(self, name=None):
-        """A new process without memory."""
+    def process(self, name=None, *, uid=0, caps=None, mems_allowed=None):
+        """A new process without memory.
+
+        ``caps``: its capabilities by name; None is all for uid 0 and none for others. ``mems_allowed``: the nodes that its
+        cpuset allows; None is all.
+        """
         self.check_idle()
         mm = self.new_row("mms")
         self.reserve_tables(0)
         self.mem.mms[mm].pgd = pgd_alloc(self.table)
-        process = Process(self, mm, name or f"p{mm}")
+        process = Process(self, mm, name or f"p{mm}", uid, None if caps is None else frozenset(caps),
+                          None if mems_allowed is None else frozenset(mems_allowed))
         self.processes.append(process)
         return process
 
@@ -241,17 +248,68 @@ class Machine:
         row = self.mem.mappings[mapping]
         row.kind, row.aops = MAPPING_SWAP, AOPS_NAMES["migrate_folio"]
         row.slots, row.nr_slots = len(self.mem.slots), nr_slots
-        self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_slots, np.int64)))))
+        self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_slots, np.int64))),
+                                        swap_map=zeros(nr_slots, np.int64)))
+        if self.frames is not None:
+            self._swap_device = zeros(nr_slots * PAGE_SIZE, np.uint8)
+            self.mem.sys.swap_device = self._swap_device.ctypes.data
         self.mem.sys.swap_space = mapping
 
     def alloc_swap_entries(self, nr):
         """The first of ``nr`` consecutive swap entries that were never used. OutOfMemory if the swap space has no more."""
+        if not self.mem.sys.swap_space[0]:
+            raise InvalidInput("this machine has no swap space; swapon() one first")
         space = self.mem.mappings[self.mem.sys.swap_space[0]]
         entry = self._next_swap_entry
         if entry + nr > space.nr_slots:
             raise OutOfMemory(f"no {nr} free entries in a swap space of {int(space.nr_slots) - 1}; swapon() a larger one")
         self._next_swap_entry += nr
         return entry
+
+    def swapped_page(self, entry):
+        """The bytes of a swap entry on the swap device: uint8, no copy."""
+        return self._swap_device[entry * PAGE_SIZE:(entry + 1) * PAGE_SIZE]
+
+    def ksm_merge(self, pages):
+        """Have ksmd merge equal anonymous pages: ``pages`` are (Process, address); those with equal bytes become one KSM page.
+
+        InvalidInput for a page that is not a present anonymous base page. Pages that are pinned, or KSM pages already, stay.
+        """
+        self.check_idle()
+        self.check_frames("compare the bytes of pages")
+        self.lru_add_drain()
+        stable = {}                                 # contents -> (pfn, places)
+        for process, address in pages:
+            vma = process._vma_at(address)
+            pfn = int(self.folios_of(process, address, PAGE_SIZE)[0]) if self.node_of(process, address) is not None else NO_PFN
+            folio = self.mem.folios[pfn]
+            if pfn == NO_PFN or folio.mapping >= 0 or folio.order:
+                raise InvalidInput(f"page {address:#x} of {process!r} is not a present anonymous base page; ksmd merges no other")
+            if folio.page_flags & PG_ksm or folio.refcount != folio.mapcount:
+                continue
+            contents = self.frames.view(pfn, 1).tobytes()
+            if contents not in stable:
+                stable[contents] = pfn, (vma, address), []
+            elif pfn != stable[contents][0]:
+                stable[contents][2].append((vma, address))
+        for pfn, first, others in stable.values():
+            if others:
+                self.make_ksm(pfn, [first])
+                for vma, address in others:
+                    item = self.new_row("rmap_items")
+                    ksm_merge_page(self.table, pfn, vma, address)
+                    ksm_add_mapping(self.table, pfn, vma, address, item)
+
+    def vdso(self):
+        """The vdso: a page of the kernel's image that every process maps, init among them. On no LRU list."""
+        if self._vdso is None:
+            self._vdso = self.file(PAGE_SIZE)
+            self._vdso.kind = "vdso"
+            self._init = self.process("init")
+            self.processes.remove(self._init)
+            self._init.mmap(PAGE_SIZE, file=self._vdso, prot="rx", nid=int(self.mem.nodes.cpus.argmax()), order=0)
+            reserve_page(self.table, int(self.folios_of(self._init, self._init.vma_index()[0][0], PAGE_SIZE)[0]))
+        return self._vdso
 
     def make_ksm(self, pfn, places):
         """Make an anonymous base page a KSM page; ``places``: (vma, address) of its mappings in one process each.
@@ -336,6 +394,8 @@ class Machine:
         self.check_idle()
         if self.batch_mode is not None:
             raise Busy("another migration cannot be started between two steps of one; start it before or after")
+        if self.tracer is not None:
+            events = (*self.tracer.begin(), *events)
         into = [] if into is None else into
         nr, started = len(into), []
         try:
@@ -348,6 +408,8 @@ class Machine:
             self._running = False
             if len(into) > nr and putback:
                 self.putback(into[-1].left)
+            if len(into) > nr and self.tracer is not None:
+                self.tracer.end(into[-1])
 
     @contextlib.contextmanager
     def other_task(self):
@@ -647,6 +709,17 @@ def putback_folios(mem_table, pfns):
             folio_putback_hugetlb(mem, pfns[i])
         else:
             folio_putback_lru(mem, pfns[i])
+
+
+@jit_entry
+def reserve_page(mem_table, pfn):
+    """Make a page-cache page one of the kernel's image: reserved, on no LRU list."""
+    mem = unpack(mem_table)
+    lru_add_drain(mem)
+    lru_stat_add(mem, pfn, -1)
+    folio = mem.folios[pfn]
+    folio.page_flags = folio.page_flags & ~PG_lru | PG_reserved
+    folio.refcount += 1
 
 
 @jit_entry

@@ -10,7 +10,8 @@ import dataclasses
 from offload.errors import BrokenInvariant, NotSupported, OffloadError
 from offload.scenario_folios import FolioLevel, check_folio_level
 from offload.scenario_format import load, one_line, shown
-from offload.scenario_machine import check_offload, not_supported
+from offload.scenario_machine import check_offload
+from offload.scenario_processes import ProcessLevel, check_process_level
 
 __all__ = ("Outcome", "run_file", "run_scenario", "check_supported", "differences")
 
@@ -24,8 +25,9 @@ def check_supported(scenario):
     """
     check_offload(scenario.get("offload"))
     if "folios" not in scenario:
-        not_supported("processes", "process level", "write folios")
-    check_folio_level(scenario)
+        check_process_level(scenario)
+    else:
+        check_folio_level(scenario)
 
 
 def run_scenario(scenario, trace=None):
@@ -34,7 +36,8 @@ def run_scenario(scenario, trace=None):
     NotSupported before anything is built; InvalidInput for a machine that cannot be; WouldHang where the kernel would.
     """
     check_supported(scenario)
-    return FolioLevel(scenario, trace).run()
+    level = FolioLevel if "folios" in scenario else ProcessLevel
+    return level(scenario, trace).run()
 
 
 @dataclasses.dataclass

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from conftest import World, random_bytes
-from offload.errors import BadAddress, Busy, InvalidInput, NotSupported, OutOfMemory
+from offload.errors import BadAddress, Busy, InvalidInput, NotSupported, OutOfMemory, WouldHang
 from offload.jit import JIT_DISABLED
 from offload.machine import Machine, MachineConfig, NodeConfig
 from offload.migrate.pages import Event
-from offload.mm.memmap import PG_dirty, PG_mlocked, PG_swapbacked, PG_unevictable
-from offload.mm.pagetable import PTE_HUGE
+from offload.mm.memmap import (
+    PG_dirty, PG_ksm, PG_mlocked, PG_partially_mapped, PG_reserved, PG_swapbacked, PG_swapcache, PG_unevictable,
+)
+from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_UFFD_WP, PTE_WRITE
 from offload.scenario_machine import page_entries
 from offload.units import PAGE_SIZE
 
@@ -102,15 +104,28 @@ class TestMmap:
         with pytest.raises(OutOfMemory, match="no gap"):
             world.process.mmap(1 << 47, populate=False)
 
-    def test_munmap_of_a_part_is_refused(self, world):
-        address, _ = world.map(4)
-        with pytest.raises(NotSupported, match="a part of the vma"):
-            world.process.munmap(address, PAGE_SIZE)
+    def test_munmap_of_a_part_splits_the_vma(self, world):
+        address, pfns = world.map(6)
+        content = world.expected.pop()[2]
+        world.process.munmap(address + 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+        for first in (0, 4):
+            at = address + first * PAGE_SIZE
+            world.expected.append((world.process, at, content[first * PAGE_SIZE:][:2 * PAGE_SIZE]))
+        with pytest.raises(BadAddress):
+            world.process.read(address + 2 * PAGE_SIZE, 1)
+        assert world.folios.refcount[pfns[2:4]].tolist() == [0, 0] or world.machine.mem.sys.lru_batch_nr[0]
+        assert world.process.move(address, 2 * PAGE_SIZE, 1).ret == world.process.move(at, 2 * PAGE_SIZE, 1).ret == 0
+        world.check()
         with pytest.raises(BadAddress):
             world.process.munmap(address - PAGE_SIZE, PAGE_SIZE)
-        world.map(2, address=address + 4 * PAGE_SIZE)
-        with pytest.raises(NotSupported, match="a part of the vma"):
-            world.process.munmap(address, 5 * PAGE_SIZE)
+
+    def test_munmap_of_a_part_of_a_thp(self, world):
+        address, (pfn,) = world.map(1, 9)
+        content = world.expected.pop()[2]
+        world.process.munmap(address, 100 * PAGE_SIZE)
+        world.expected.append((world.process, address + 100 * PAGE_SIZE, content[100 * PAGE_SIZE:]))
+        assert (world.folios.mapcount[pfn], world.folios.entire_mapcount[pfn]) == (412, 0)
+        assert world.folios.page_flags[pfn] & PG_partially_mapped
         world.check()
 
     def test_exit_gives_everything_back(self, world):
@@ -480,3 +495,395 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 5 << 30
+
+
+def entries(world, address, nr=1, process=None):
+    return page_entries(world.machine, (process or world.process).mm, address, nr)
+
+
+class TestProtection:
+    """mprotect, userfaultfd, and what becomes of vmas and PMD leaves at the edges."""
+
+    def test_read_only_and_back(self, world):
+        address, _ = world.map(4)
+        world.process.mprotect(address + PAGE_SIZE, 2 * PAGE_SIZE, "r")
+        with pytest.raises(BadAddress, match="not writable"):
+            world.process.write(address + PAGE_SIZE, b"x")
+        assert (entries(world, address, 4) & PTE_WRITE != 0).tolist() == [True, False, False, True]
+        world.process.move(address, 4 * PAGE_SIZE, 1)
+        world.check()
+        world.process.mprotect(address + PAGE_SIZE, PAGE_SIZE, "rw")
+        world.process.write(address + PAGE_SIZE, world.expected[0][2][PAGE_SIZE:2 * PAGE_SIZE])
+        assert world.where(address, 4) == [1, 1, 1, 1]
+        world.check()
+
+    def test_no_access(self, world):
+        address, _ = world.map(1)
+        world.process.mprotect(address, PAGE_SIZE, "")
+        with pytest.raises(BadAddress, match="not readable"):
+            world.process.read(address, 1)
+        assert world.process.move(address, PAGE_SIZE, 1).ret == 0
+        world.process.mprotect(address, PAGE_SIZE, "rw")
+        world.check()
+        with pytest.raises(InvalidInput):
+            world.process.mprotect(address, PAGE_SIZE, "rq")
+        with pytest.raises(InvalidInput, match="not made of pages"):
+            world.process.mprotect(address, 100, "r")
+
+    def test_a_pmd_leaf_across_an_edge_is_split(self, world):
+        address, (pfn,) = world.map(1, 9)
+        world.process.mprotect(address + 100 * PAGE_SIZE, PAGE_SIZE, "r")
+        assert world.folios.entire_mapcount[pfn] == 0 and world.folios.mapcount[pfn] == 512
+        world.check()
+
+    def test_a_move_keeps_the_mark_of_userfaultfd(self, world):
+        address, _ = world.map(4)
+        world.process.uffd_wp(address, 4 * PAGE_SIZE)
+        world.process.move(address, 4 * PAGE_SIZE, 1)
+        assert ((entries(world, address, 4) & (PTE_UFFD_WP | PTE_WRITE)) == PTE_UFFD_WP).all()
+        with pytest.raises(WouldHang, match="userfaultfd"):
+            world.process.write(address, b"x")
+        world.check()
+
+    def test_split_pmd(self, world):
+        address, (pfn,) = world.map(1, 9)
+        world.process.split_pmd(address, PAGE_SIZE)
+        assert world.folios.mapcount[pfn] == 512
+        world.check()
+
+    @pytest.mark.parametrize("to, huge", [(4 * PMD, True), (4 * PMD + PAGE_SIZE, False)])
+    def test_mremap_moves_entries_as_they_are(self, world, to, huge):
+        address, (pfn,) = world.map(1, 9)
+        _, _, content = world.expected.pop()
+        before = world.folios.refcount[pfn]
+        assert world.process.mremap(address, PMD, address + to) == address + to
+        world.expected.append((world.process, address + to, content))
+        assert (world.folios.entire_mapcount[pfn] == 1) == huge
+        assert not huge or world.folios.refcount[pfn] == before
+        with pytest.raises(BadAddress):
+            world.process.read(address, 1)
+        world.check()
+        assert world.process.move(address + to, PMD, 1).ret == 0
+        world.check()
+
+    def test_mremap_of_a_part_and_refusals(self, world):
+        address, _ = world.map(4)
+        with pytest.raises(InvalidInput, match="cannot be moved to"):
+            world.process.mremap(address, PAGE_SIZE, address + 2 * PAGE_SIZE)
+        with pytest.raises(BadAddress, match="beyond its vma"):
+            world.process.mremap(address, 8 * PAGE_SIZE, address + PMD)
+        content = world.expected.pop()[2]
+        world.process.mremap(address + PAGE_SIZE, PAGE_SIZE, address + PMD)
+        world.expected.append((world.process, address + PMD, content[PAGE_SIZE:2 * PAGE_SIZE]))
+        world.expected.append((world.process, address + 2 * PAGE_SIZE, content[2 * PAGE_SIZE:]))
+        world.check()
+
+
+class TestZeroPage:
+    """Reads of untouched memory map the zero page, a huge one where a folio of that order would fit."""
+
+    def test_huge(self, world):
+        address = world.process.mmap(2 * PMD, order=9, populate=False)
+        assert world.process.read(address + 5, 3) == bytes(3)
+        assert ((entries(world, address, 512) & (PTE_HUGE | PTE_SPECIAL)) == PTE_HUGE | PTE_SPECIAL).all()
+        assert world.process.rss_pages == 0 and not entries(world, address + PMD, 512).any()
+        world.check()
+        world.process.write(address + PAGE_SIZE, b"x")
+        assert world.process.rss_pages == 512 and world.process.read(address, PMD) == bytes(PAGE_SIZE) + b"x" + bytes(PMD - PAGE_SIZE - 1)
+        world.check()
+
+    def test_huge_without_room_is_split(self):
+        world = World(256)
+        address = world.process.mmap(PMD, order=9, populate=False)
+        world.process.read(address, 1)
+        world.process.write(address + PAGE_SIZE, b"x")
+        assert world.process.rss_pages == 1 and world.process.read(address, PMD)[PAGE_SIZE] == ord("x")
+        world.check()
+        world.process.munmap(address, PMD)
+        world.check()
+
+    def test_fork_and_part(self, world):
+        address = world.process.mmap(2 * PMD, order=9, populate=False)
+        world.process.read(address, 1)
+        world.process.write(address + PMD, b"y")          # memory of its own: now page tables are copied
+        child = world.process.fork()
+        assert (entries(world, address, 512, child) & PTE_SPECIAL != 0).all()
+        child.dontneed(address, PAGE_SIZE)
+        assert entries(world, address, 2, child).tolist()[0] == 0
+        world.check()
+
+
+class TestForkCopies:
+    """fork() copies page tables only where that cannot be made up for by faults (vma_needs_copy())."""
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_files_are_faulted_in_again(self, world, shared):
+        file = world.machine.file("16K")
+        address = world.process.mmap("16K", file=file, shared=shared, prot="r")
+        child = world.process.fork()
+        assert not entries(world, address, 4, child).any()
+        assert child.read(address, 4) == bytes(4)
+        world.check()
+
+    def test_a_private_mapping_with_pages_of_its_own(self, world):
+        file = world.machine.file("16K")
+        address = world.process.mmap("16K", file=file, populate=False)
+        world.process.read(address, 4 * PAGE_SIZE)
+        world.process.write(address, b"own")
+        child = world.process.fork()
+        assert (entries(world, address, 4, child) & PTE_PRESENT != 0).all()
+        child.write(address, b"his")
+        assert (world.process.read(address, 3), child.read(address, 3)) == (b"own", b"his")
+        world.check()
+
+    def test_dontfork(self, world):
+        address, _ = world.map(4)
+        world.process.dontfork(address + PAGE_SIZE, PAGE_SIZE)
+        child = world.process.fork()
+        with pytest.raises(BadAddress):
+            child.read(address + PAGE_SIZE, 1)
+        assert child.read(address, PAGE_SIZE) == world.expected[0][2][:PAGE_SIZE]
+        world.check()
+
+    @pytest.mark.parametrize("order", [4, 9])
+    def test_a_large_folio_whose_other_owner_has_gone_is_written_in_place(self, world, order):
+        address, (pfn,) = world.map(1, order)
+        world.process.split_pmd(address, PAGE_SIZE)
+        child = world.process.fork()
+        child.exit()
+        world.process.write(address, world.expected[0][2][:10])
+        assert world.machine.folios_of(world.process, address, PAGE_SIZE << order).tolist() == [pfn]
+        assert entries(world, address)[0] & PTE_EXCLUSIVE
+        world.check()
+
+    @pytest.mark.parametrize("order", [4, 9])
+    def test_one_that_is_still_shared_is_copied(self, world, order):
+        address, (pfn,) = world.map(1, order)
+        child = world.process.fork()
+        child.munmap(address, PAGE_SIZE)            # not that page, but the folio
+        world.process.write(address, world.expected[0][2][:10])
+        assert world.machine.folios_of(world.process, address, PAGE_SIZE)[0] != pfn
+        world.check()
+
+
+class TestPins:
+    """pin() is FOLL_PIN | FOLL_LONGTERM, get() is FOLL_GET; unpin() and put() give back what was taken."""
+
+    @pytest.mark.parametrize("order", [0, 9])
+    def test_a_pinned_page_stays(self, world, order):
+        address, (pfn,) = world.map(1, order)
+        world.process.pin(address)
+        assert world.folios.pincount[pfn] == 1 and world.process.move(address, PAGE_SIZE << order, 1).ret == 1
+        world.check()
+        world.process.unpin(address)
+        assert world.process.move(address, PAGE_SIZE << order, 1).ret == 0
+        world.check()
+        with pytest.raises(InvalidInput, match="not pinned"):
+            world.process.unpin(address)
+
+    def test_a_held_page_stays(self, world):
+        address, _ = world.map(1)
+        world.process.get(address)
+        assert world.process.move(address, PAGE_SIZE, 1).ret == 1
+        world.check()
+        world.process.put(address)
+        with pytest.raises(InvalidInput, match="not held"):
+            world.process.put(address)
+        assert world.process.move(address, PAGE_SIZE, 1).ret == 0
+        world.check()
+
+    def test_a_shared_page_is_unshared_first(self, world):
+        address, (pfn,) = world.map(1)
+        child = world.process.fork()
+        child.mprotect(address, PAGE_SIZE, "r")
+        child.pin(address)
+        assert world.machine.folios_of(child, address, PAGE_SIZE)[0] != pfn and world.folios.pincount[pfn] == 0
+        assert child.read(address, PAGE_SIZE) == world.expected[0][2]
+        world.check()
+
+    def test_untouched_and_zero_pages(self, world):
+        address = world.process.mmap("8K", populate=False, prot="r")
+        world.process.get(address)
+        world.process.pin(address + PAGE_SIZE)
+        assert world.process.rss_pages == 1, "a reference on the zero page is none; a pin brings a page of its own"
+        world.process.put(address)
+        world.check()
+
+    def test_exit_gives_them_back(self, world):
+        free = world.machine.free_pages(0)
+        process = world.machine.process()
+        address = process.mmap("16K")
+        process.pin(address, 2 * PAGE_SIZE)
+        process.get(address)
+        process.exit(reaped=False)
+        world.machine.lru_add_drain()
+        assert world.machine.free_pages(0) == free and process.state == "zombie"
+        world.check()
+
+
+class TestAdvice:
+    """MADV_COLD, MADV_FREE, MADV_DONTNEED, MADV_PAGEOUT, and msync."""
+
+    def test_dontneed(self, world):
+        address, _ = world.map(4)
+        content = world.expected.pop()[2]
+        world.process.dontneed(address + PAGE_SIZE, PAGE_SIZE)
+        assert world.process.read(address, 3 * PAGE_SIZE) == content[:PAGE_SIZE] + bytes(PAGE_SIZE) + content[2 * PAGE_SIZE:3 * PAGE_SIZE]
+        locked = world.process.mmap("4K", mlock=True)
+        with pytest.raises(InvalidInput, match="EINVAL"):
+            world.process.dontneed(locked, PAGE_SIZE)
+        world.check()
+
+    @pytest.mark.parametrize("order", [0, 9])
+    def test_free(self, world, order):
+        address, (pfn,) = world.map(1, order)
+        world.process.free(address, PAGE_SIZE << order)
+        assert world.folios.page_flags[pfn] & (PG_swapbacked | PG_dirty) == 0
+        assert world.machine.mem.nodes.nr_lru_file[0] == 1 << order
+        world.check()
+        world.process.move(address, PAGE_SIZE << order, 1)
+        (pfn,) = world.machine.folios_of(world.process, address, PAGE_SIZE)
+        assert world.folios.page_flags[pfn] & PG_swapbacked == 0 and world.where(address) == [1]
+        world.check()
+
+    def test_cold(self, world):
+        address, pfns = world.map(2)
+        world.process.cold(address, 2 * PAGE_SIZE)
+        world.check()
+        file = world.process.mmap("4K", file=world.machine.file("4K"))
+        with pytest.raises(InvalidInput, match="MADV_FREE"):
+            world.process.free(file, PAGE_SIZE)
+
+    @pytest.mark.parametrize("order", [0, 3, 9])
+    def test_swap_out_and_in(self, world, order):
+        world.machine.swapon("8M")
+        address, pfns = world.map(2, order)
+        nbytes = 2 * PAGE_SIZE << order
+        world.process.swapout(address, nbytes)
+        assert (entries(world, address, 2 << order) & PTE_SWAP != 0).all() and world.process.rss_pages == 0
+        assert world.folios.refcount[pfns].tolist() == [0, 0], "the folios are freed"
+        world.machine.validate()
+        assert world.process.move(address, nbytes, 1).addresses.size == 0, "there is no folio to move"
+        world.check()                               # reads it all in
+        (pfn, *_) = world.machine.folios_of(world.process, address, PAGE_SIZE)
+        assert world.folios.page_flags[pfn] & PG_swapcache
+        assert world.process.move(address, nbytes, 1).ret == 0
+        world.check()
+        world.process.write(address, world.expected[0][2])
+        (pfn, *_) = world.machine.folios_of(world.process, address, PAGE_SIZE)
+        assert world.folios.page_flags[pfn] & PG_swapcache and entries(world, address)[0] & PTE_WRITE
+        world.process.munmap(address, nbytes)
+        world.machine.lru_add_drain()
+        assert not world.machine.mem.swap_map.any() and not world.machine.mem.nodes.nr_swapcache.any()
+        world.machine.validate()
+
+    def test_swapped_pages_and_fork(self, world):
+        world.machine.swapon("64K")
+        address, _ = world.map(2)
+        world.process.swapout(address, 2 * PAGE_SIZE)
+        child = world.process.fork()
+        assert world.machine.mem.swap_map.max() == 2
+        child.read(address, PAGE_SIZE)              # reads it into the swap cache
+        world.machine.validate()
+        child.write(address, b"child")
+        assert world.process.read(address, 5) == world.expected[0][2][:5]
+        assert world.process.move(address, PAGE_SIZE, 1, move_all=True).ret == 0
+        world.check()
+        child.exit()
+        world.check()
+
+    def test_what_is_not_swapped_out(self, world):
+        world.machine.swapon("64K")
+        address, pfns = world.map(4)
+        world.process.pin(address)
+        child = world.process.fork()
+        child.munmap(address + 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+        world.process.swapout(address, 4 * PAGE_SIZE)
+        out = entries(world, address, 4) & PTE_SWAP != 0
+        assert out.tolist() == [False, False, True, True], "neither the pinned page nor the one that is shared"
+        world.check()
+
+    def test_no_swap_space(self, world):
+        address, _ = world.map(2)
+        with pytest.raises(InvalidInput, match="swapon"):
+            world.process.swapout(address, PAGE_SIZE)
+        world.machine.swapon("4K")
+        with pytest.raises(OutOfMemory, match="free entries"):
+            world.process.swapout(address, 2 * PAGE_SIZE)
+        world.check()
+
+    @pytest.mark.parametrize("kind, aops, clean", [("file", "filemap", True), ("file", "none", False), ("shmem", None, False)])
+    def test_msync(self, world, kind, aops, clean):
+        file = world.machine.file("16K", kind=kind, aops=aops)
+        address = world.process.mmap("16K", file=file, shared=True)
+        world.process.write(address, b"x" * 4 * PAGE_SIZE)
+        pfns = world.machine.folios_of(world.process, address, 4 * PAGE_SIZE)
+        world.process.munmap(address, PAGE_SIZE)    # takes the dirty bit to the folio
+        world.process.msync(address + PAGE_SIZE, 3 * PAGE_SIZE)
+        dirty = [bool(entry & 1 << 3) for entry in entries(world, address + PAGE_SIZE, 3)]
+        assert dirty == [not clean] * 3 and bool(world.folios.page_flags[pfns[1]] & PG_dirty) == False
+        assert world.folios.page_flags[pfns[0]] & PG_dirty, "outside the range"
+        world.check()
+        world.process.write(address + PAGE_SIZE, b"y")
+        assert entries(world, address + PAGE_SIZE)[0] & PTE_WRITE
+        world.check()
+
+
+class TestMlockTwice:
+    """A folio that two locked vmas map stays mlocked until both have let it go."""
+
+    def test_two_processes(self, world):
+        file = world.machine.file("4K")
+        address = world.process.mmap("4K", file=file, shared=True, mlock=True)
+        other = world.machine.process()
+        other.mmap("4K", file=file, shared=True, mlock=True, address=address)
+        world.machine.lru_add_drain()
+        (pfn,) = world.machine.folios_of(world.process, address, PAGE_SIZE)
+        world.process.munmap(address, PAGE_SIZE)
+        assert world.folios.page_flags[pfn] & PG_mlocked
+        world.check()
+        other.munmap(address, PAGE_SIZE)
+        assert not world.folios.page_flags[pfn] & PG_mlocked
+        world.check()
+
+
+class TestSpecialMemory:
+    """Device memory, the vdso, and KSM."""
+
+    def test_pfnmap(self, world):
+        address = world.process.mmap("8K", pfnmap=True, shared=True)
+        for refused in (lambda: world.process.read(address, 1), lambda: world.process.write(address, b"x"),
+                        lambda: world.process.pin(address)):
+            with pytest.raises(BadAddress, match="device memory"):
+                refused()
+        child = world.process.fork()
+        assert (entries(world, address, 2, child) & PTE_SPECIAL != 0).all()
+        world.check()
+
+    def test_the_vdso_is_mapped_by_init_too(self, world):
+        vdso = world.machine.vdso()
+        address = world.process.mmap(PAGE_SIZE, file=vdso, prot="rx")
+        (pfn,) = world.machine.folios_of(world.process, address, PAGE_SIZE)
+        assert world.folios.mapcount[pfn] == 2 and world.folios.page_flags[pfn] & PG_reserved
+        assert world.process.move(address, PAGE_SIZE, 1).status.tolist() == [-13]
+        assert world.process.move(address, PAGE_SIZE, 1, move_all=True).status.tolist() == [-16]
+        world.check()
+        world.process.munmap(address, PAGE_SIZE)
+        world.check()
+
+    def test_ksm(self, world):
+        address = world.process.mmap("16K")
+        for i, word in enumerate((b"same", b"same", b"else", b"same")):
+            world.process.write(address + i * PAGE_SIZE, word)
+        world.machine.ksm_merge([(world.process, address + i * PAGE_SIZE) for i in range(4)])
+        pfns = [int(entry) >> 12 for entry in entries(world, address, 4)]
+        assert pfns[0] == pfns[1] == pfns[3] != pfns[2] and world.folios.mapcount[pfns[0]] == 3
+        assert world.folios.page_flags[pfns[0]] & PG_ksm
+        world.check()
+        world.process.write(address, b"mine")
+        assert [world.process.read(address + i * PAGE_SIZE, 4) for i in range(4)] == [b"mine", b"same", b"else", b"same"]
+        assert world.process.move(address + PAGE_SIZE, PAGE_SIZE, 1, move_all=True).ret == 0
+        assert world.where(address, 4) == [0, 1, 0, 1]
+        world.check()
+        with pytest.raises(InvalidInput, match="ksmd"):
+            world.machine.ksm_merge([(world.process, world.process.mmap("4K", populate=False))])

@@ -2,7 +2,7 @@
 
 Stands for struct address_space and the xarray behind it (mm/filemap.c; v7.3): an array with one slot per page of
 the file, in which a large folio fills all of its slots with its head. The swap cache (mm/swap_state.c) is one more such
-array, indexed by swap entry. Leaves out readahead, writeback, truncation, and what a swap device does.
+array, indexed by swap entry. Leaves out readahead, writeback, truncation, and what a swap device does (mm/swap.py).
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from offload.mm.memmap import (
 )
 from offload.units import HPAGE_PMD_ORDER
 
-__all__ = ("filemap_get_folio", "filemap_add_folio", "filemap_remove_folio", "swap_cache_get_folio", "add_to_swap_cache",
+__all__ = ("filemap_get_folio", "filemap_add_folio", "filemap_remove_folio", "swap_cache_get_folio", "add_to_swap_cache", "swap_cache_add_folio",
            "delete_from_swap_cache", "filemap_release_folio", "folio_attach_private", "folio_mark_dirty")
 
 
@@ -140,8 +140,13 @@ def swap_stat_add(mem, nid, nr_pages):
 
 @jit_entry
 def add_to_swap_cache(mem_table, pfn, entry):
-    """Enter a folio at swap entries ``entry`` .., which nobody holds (swap_cache_add_folio())."""
-    mem = unpack(mem_table)
+    """swap_cache_add_folio() for Python."""
+    swap_cache_add_folio(unpack(mem_table), pfn, entry)
+
+
+@jit
+def swap_cache_add_folio(mem, pfn, entry):
+    """Enter a folio at swap entries ``entry`` .., for which there is none."""
     folio = mem.folios[pfn]
     nr_pages = np.int64(1) << folio.order
     folio.page_flags |= PG_swapcache | PG_swapbacked

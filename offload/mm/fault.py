@@ -1,8 +1,9 @@
 """Faults, fork and zap: how page-table entries come, are shared and go; and access to memory through them.
 
 Stands for mm/memory.c and mm/huge_memory.c as far as they fill and clear page tables (v7.3): anonymous faults of any
-order, page-cache faults, copy on write, copy_page_range() and zap_page_range(). Leaves out swap, userfaultfd,
-and fault-around beyond the folio that is hit; hugetlb vmas are served by mm/hugetlb.py.
+order, page-cache faults, swap-in, copy on write, copy_page_range(), move_page_tables() and zap_page_range(). Leaves out
+readahead, what a userfaultfd handler would do, and fault-around beyond the folio that is hit; hugetlb vmas are served by
+mm/hugetlb.py.
 
 Nothing here runs while a migration does, except as an event between its steps.
 """
@@ -12,19 +13,23 @@ import numpy as np
 from offload.intrinsics import fill_bytes
 from offload.jit import jit, jit_entry, jit_inline
 from offload.kernels.cpu import copy_bytes
-from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty
+from offload.mm.address_space import (
+    filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio, swap_cache_get_folio,
+)
 from offload.mm.frames import copy_pages, frame_address, zero_frames
 from offload.mm.memmap import (
-    NO_PFN, PG_ksm, PG_swapbacked, PG_uptodate, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, page_folio, unpack,
+    NO_PFN, PG_ksm, PG_lru, PG_swapbacked, PG_swapcache, PG_uptodate, VM_HUGETLB, VM_PFNMAP, VM_READ, VM_SHARED, VM_WRITE,
+    page_folio, unpack,
 )
 from offload.mm.hugetlb import copy_hugetlb_page_range, hugetlb_fault, unmap_hugepage_range
 from offload.mm.mempolicy import alloc_pages_vma
-from offload.mm.node import alloc_pages_node, folio_add_lru, folio_put_refs, folio_maybe_dma_pinned
+from offload.mm.node import alloc_pages_node, folio_add_lru, folio_put_refs, folio_maybe_dma_pinned, lru_add_drain
 from offload.mm.pagetable import (
-    PMD_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTE_YOUNG,
-    PTRS, ZERO_PAGE, add_rss, folio_add_rmap, folio_remove_rmap, free_table, pgtable_deposit, pgtable_withdraw, pte_pfn,
+    PMD_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_UFFD_WP,
+    PTE_WRITE, PTE_YOUNG, PTRS, ZERO_PAGE, add_rss, folio_add_rmap, folio_mapped_by_others, folio_remove_rmap, free_table, pgtable_deposit, pgtable_withdraw, pte_pfn,
     set_pte, split_pmd, walk_alloc_pmd, walk_alloc_pte, walk_pmd, walk_pte,
 )
+from offload.mm.swap import folio_free_swap, swap_duplicate, swap_free, swap_read
 from offload.units import EAGAIN, EFAULT, ENOMEM, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ("handle_fault", "populate", "access", "copy_page_range", "zap_range", "find_vma", "lookup_page")
@@ -125,11 +130,17 @@ def map_folio(mem, vma, address, pfn, first_page, nr_pages, bits):
 def do_anonymous_page(mem, vma, address, write):
     """Map fresh zeroed memory, in the vma's folio order where that fits, else the next smaller that does.
 
-    A read maps the shared zero page. 0 or -ENOMEM. Kernel: do_anonymous_page(), do_huge_pmd_anonymous_page().
+    A read maps the shared zero page, the huge one where a folio of that order would fit. 0 or -ENOMEM. Kernel: do_anonymous_page(), do_huge_pmd_anonymous_page().
     """
     area = mem.vmas[vma]
     if not write:
-        mem.tables[walk_alloc_pte(mem, area.mm, address)] = ZERO_PAGE
+        start = address & -PMD_SIZE
+        if area.order == HPAGE_PMD_ORDER and start >= area.start and start + PMD_SIZE <= area.end \
+                and range_is_none(mem, area.mm, start, np.int64(PTRS)):
+            pgtable_deposit(mem, area.mm)
+            mem.tables[walk_alloc_pmd(mem, area.mm, start)] = ZERO_PAGE | PTE_HUGE
+        else:
+            mem.tables[walk_alloc_pte(mem, area.mm, address)] = ZERO_PAGE
         return 0
     order = area.order
     while True:
@@ -156,6 +167,7 @@ def new_anon_folio(mem, vma, start, pfn):
     nr_pages = np.int64(1) << folio.order
     folio.page_flags |= PG_uptodate | PG_swapbacked
     folio.mapping = -np.int32(area.anon_vma)
+    area.has_anon = 1
     if folio.order:
         mem.mthp_nr_anon[folio.order] += 1
     folio.index = area.pgoff + (start - area.start >> PAGE_SHIFT)
@@ -257,21 +269,59 @@ def cow_page(mem, vma, address, old_page):
 
 
 @jit
-def do_wp_page(mem, vma, address, entry):
-    """A write to a present page that is mapped read-only. 0 or -ENOMEM. Kernel: do_wp_page(), do_huge_pmd_wp_page()."""
+def do_huge_zero_wp_pmd(mem, vma, address, entry):
+    """A write where the huge zero page is mapped: a fresh folio of that order, else a page, and zero pages around it."""
+    pfn = alloc_folio(mem, vma, mem.vmas[vma].pgoff + ((address & -PMD_SIZE) - mem.vmas[vma].start >> PAGE_SHIFT),
+                      np.int64(HPAGE_PMD_ORDER))
+    if pfn == NO_PFN:
+        split_pmd(mem, mem.vmas[vma].mm, entry)
+        return cow_page(mem, vma, address, np.int64(NO_PFN))
+    zap_entry(mem, vma, entry)
+    new_anon_folio(mem, vma, address & -PMD_SIZE, pfn)
+    zero_frames(mem, pfn, np.int64(PTRS))
+    return 0
+
+
+@jit
+def wp_can_reuse_anon_folio(mem, vma, pfn, huge):
+    """Whether the entry that is being written through is all that is left of a folio that was shared.
+
+    ``huge``: the entry is a PMD leaf. Of a folio mapped by PTEs no other process may map a page, and all references must be
+    those entries'. Kernel: wp_can_reuse_anon_folio().
+    """
+    folio = mem.folios[pfn]
+    if folio.page_flags & PG_ksm:
+        return False
+    if folio.page_flags & PG_lru == 0:              # the LRU batch may hold it
+        lru_add_drain(mem)
+    if folio.page_flags & PG_swapcache:
+        folio_free_swap(mem, pfn)
+    if folio.order == 0 or huge:
+        return folio.mapcount == 1 and folio.refcount == 1
+    return folio.refcount == folio.mapcount and folio.entire_mapcount == 0 and \
+        not folio_mapped_by_others(mem, pfn, mem.vmas[vma].mm)
+
+
+@jit
+def do_wp_page(mem, vma, address, entry, unshare):
+    """A write to a present page that is mapped read-only. 0 or -ENOMEM. Kernel: do_wp_page(), do_huge_pmd_wp_page().
+
+    With ``unshare`` nothing is written: an anonymous page is to become the process's alone (FAULT_FLAG_UNSHARE).
+    """
     area = mem.vmas[vma]
     old = mem.tables[entry]
+    written = PTE_YOUNG if unshare else PTE_WRITE | PTE_DIRTY | PTE_YOUNG
     if old & PTE_SPECIAL:
+        if old & PTE_HUGE:
+            return do_huge_zero_wp_pmd(mem, vma, address, entry)
         return cow_page(mem, vma, address, np.int64(NO_PFN))
     pfn = page_folio(mem, pte_pfn(old))
-    folio = mem.folios[pfn]
     if area.vm_flags & VM_SHARED:
-        mem.tables[entry] = old | PTE_WRITE | PTE_DIRTY | PTE_YOUNG
+        mem.tables[entry] = old | written
         return 0
-    if folio.mapping < 0 and folio.page_flags & PG_ksm == 0:        # a KSM page is never written to
-        alone = folio.mapcount == 1 and folio.refcount == 1
-        if old & PTE_EXCLUSIVE or alone:
-            mem.tables[entry] = old | PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
+    if mem.folios[pfn].mapping < 0:
+        if old & PTE_EXCLUSIVE or wp_can_reuse_anon_folio(mem, vma, pfn, old & PTE_HUGE):
+            mem.tables[entry] = old | written | PTE_EXCLUSIVE
             return 0
     if old & PTE_HUGE:
         split_pmd(mem, area.mm, entry)
@@ -281,9 +331,84 @@ def do_wp_page(mem, vma, address, entry):
 
 
 @jit
+def root_anon_vma(mem, vma):
+    """The oldest anon_vma that the vma is linked to: all processes that may share a page of it are found from there."""
+    avc = mem.vmas[vma].first_avc
+    root = mem.vmas[vma].anon_vma
+    while avc:
+        root = min(root, mem.avcs[avc].anon_vma)
+        avc = mem.avcs[avc].next_of_vma
+    return root
+
+
+@jit
+def swapin_folio(mem, vma, address, entry):
+    """A new folio in the swap cache that holds what ``entry`` holds on the device; NO_PFN without memory."""
+    area = mem.vmas[vma]
+    index = area.pgoff + (address - area.start >> PAGE_SHIFT)
+    pfn = alloc_folio(mem, vma, index, np.int64(0))
+    if pfn != NO_PFN:
+        folio = mem.folios[pfn]
+        folio.page_flags |= PG_uptodate | PG_swapbacked
+        folio.mapping = -np.int32(root_anon_vma(mem, vma))
+        folio.index = index
+        swap_cache_add_folio(mem, pfn, entry)
+        swap_read(mem, pfn, entry)
+        folio_add_lru(mem, pfn)
+        folio_put_refs(mem, pfn, 1)                 # the allocation's: the swap cache holds it now
+    return pfn
+
+
+@jit
+def do_swap_page(mem, vma, address, pte, write):
+    """Map the page whose swap entry stands at ``pte``, from the swap cache or read in. 0 or -ENOMEM. Kernel: do_swap_page().
+
+    After a read it stays in the swap cache.
+    """
+    area = mem.vmas[vma]
+    old = mem.tables[pte]
+    entry = pte_pfn(old)
+    pfn = swap_cache_get_folio(mem, entry)
+    if pfn == NO_PFN:
+        pfn = swapin_folio(mem, vma, address, entry)
+        if pfn == NO_PFN:
+            return -ENOMEM
+    folio = mem.folios[pfn]
+    folio.refcount += 1                             # the entry's
+    page = pfn + entry - folio.private
+    mem.tables[pte] = 0
+    mem.swap_map[entry] -= 1
+    if write:
+        if folio.page_flags & PG_lru == 0:
+            lru_add_drain(mem)
+        folio_free_swap(mem, pfn)
+    bits = PTE_PRESENT | PTE_YOUNG | old & (PTE_EXCLUSIVE | PTE_UFFD_WP)
+    if folio.refcount == 1:
+        bits |= PTE_EXCLUSIVE
+    if bits & PTE_EXCLUSIVE and area.vm_flags & VM_WRITE and bits & PTE_UFFD_WP == 0:
+        bits |= PTE_WRITE | PTE_DIRTY if write else PTE_WRITE
+    set_pte(mem, pte, page, bits)
+    folio_add_rmap(mem, pfn, vma, np.int64(0))
+    add_rss(mem, area.mm, pfn, 1)
+    area.has_anon = 1
+    if write and bits & PTE_WRITE == 0:
+        return handle_wp_fault(mem, vma, address, pte)
+    return 0
+
+
+@jit
+def handle_wp_fault(mem, vma, address, entry):
+    """A write to a page that is present and not writable; -EAGAIN if userfaultfd protects it."""
+    if mem.tables[entry] & PTE_UFFD_WP:
+        return -EAGAIN
+    return do_wp_page(mem, vma, address, entry, False)
+
+
+@jit
 def handle_fault(mem, vma, address, write):
     """Make ``address`` accessible. 0, -ENOMEM, -EFAULT (protection, or past the end of a file) or -EAGAIN (under
-    migration: the kernel would wait for the folio lock). Kernel: handle_mm_fault()."""
+    migration: the kernel would wait for the folio lock; or write-protected by userfaultfd: for its handler). Kernel:
+    handle_mm_fault()."""
     area = mem.vmas[vma]
     if area.vm_flags & (VM_WRITE if write else VM_READ) == 0:
         return -EFAULT
@@ -294,12 +419,16 @@ def handle_fault(mem, vma, address, write):
         return -EAGAIN
     if value & PTE_HWPOISON:                        # VM_FAULT_HWPOISON: SIGBUS
         return -EFAULT
+    if value & PTE_SWAP:
+        return do_swap_page(mem, vma, address, entry, write)
     if value == 0:
+        if area.vm_flags & VM_PFNMAP:
+            return -EFAULT
         if area.mapping:
             return do_file_fault(mem, vma, address, write)
         return do_anonymous_page(mem, vma, address, write)
     if write and value & PTE_WRITE == 0:
-        return do_wp_page(mem, vma, address, entry)
+        return handle_wp_fault(mem, vma, address, entry)
     mem.tables[entry] = value | PTE_YOUNG | (PTE_DIRTY if write else 0)
     return 0
 
@@ -373,7 +502,11 @@ def zap_entry(mem, vma, entry):
             folio_mark_dirty(mem, pfn)
         add_rss(mem, area.mm, pfn, -nr_pages)
         folio_remove_rmap(mem, pfn, vma, huge)
+        if mem.folios[pfn].page_flags & PG_swapcache and mem.folios[pfn].mapcount == 0:
+            folio_free_swap(mem, pfn)               # free_swap_cache()
         folio_put_refs(mem, pfn, 1)
+    elif old & PTE_SWAP:
+        swap_free(mem, pte_pfn(old))
 
 
 @jit_entry
@@ -420,6 +553,91 @@ def free_empty_table(mem, pmd):
 
 
 @jit_entry
+def split_pmds(mem_table, mm, start, end):
+    """Split the PMD leaves that reach into [start, end) (split_huge_pmd_address())."""
+    mem = unpack(mem_table)
+    address = start
+    while address < end:
+        pmd = walk_pmd(mem, mm, address)
+        if pmd and mem.tables[pmd] & PTE_HUGE:
+            split_pmd(mem, mm, pmd)
+        address = (address | PMD_SIZE - 1) + 1
+
+
+@jit_entry
+def change_protection(mem_table, mm, start, end, clear, set_):
+    """Clear and set bits of every entry in [start, end) that maps something or is a migration entry.
+
+    PMD leaves lie wholly inside. Kernel: change_protection() of mm/mprotect.c.
+    """
+    mem = unpack(mem_table)
+    address = start
+    while address < end:
+        entry, value, page = lookup_page(mem, mm, address)
+        if value & (PTE_PRESENT | PTE_MIGRATION) and value & PTE_SPECIAL == 0:
+            mem.tables[entry] = value & ~clear | set_
+        address = (address | PMD_SIZE - 1) + 1 if value & PTE_HUGE else address + PAGE_SIZE
+
+
+@jit_entry
+def move_page_tables(mem_table, mm, old_start, new_start, nbytes):
+    """Move the entries of [old_start, + nbytes) to where nothing is mapped, as they are: references and mapcounts stay.
+
+    A PMD leaf that does not arrive on a PMD boundary, or is only partly inside, is split. Kernel: move_page_tables().
+    """
+    mem = unpack(mem_table)
+    done = 0
+    while done < nbytes:
+        old, new = old_start + done, new_start + done
+        pmd = walk_pmd(mem, mm, old)
+        if pmd == 0 or mem.tables[pmd] == 0:
+            done = (old | PMD_SIZE - 1) + 1 - old_start
+            continue
+        if mem.tables[pmd] & PTE_HUGE:
+            if old & PMD_SIZE - 1 == 0 and new & PMD_SIZE - 1 == 0 and done + PMD_SIZE <= nbytes:
+                value = mem.tables[pmd]
+                mem.tables[pmd] = 0
+                target = walk_alloc_pmd(mem, mm, new)
+                if mem.tables[target]:              # an empty page table is in the way
+                    free_empty_table(mem, target)
+                mem.tables[target] = value
+                done += PMD_SIZE
+                continue
+            split_pmd(mem, mm, pmd)
+        pte = walk_pte(mem, mm, old)
+        value = mem.tables[pte]
+        if value:
+            mem.tables[pte] = 0
+            mem.tables[walk_alloc_pte(mem, mm, new)] = value
+        done += PAGE_SIZE
+        if old + PAGE_SIZE & PMD_SIZE - 1 == 0 or done >= nbytes:
+            free_empty_table(mem, pmd)
+
+
+@jit_entry
+def map_pfn_range(mem_table, vma, bits):
+    """Map device memory in all of a vma: entries without a folio (remap_pfn_range())."""
+    mem = unpack(mem_table)
+    area = mem.vmas[vma]
+    for address in range(area.start, area.end, PAGE_SIZE):
+        mem.tables[walk_alloc_pte(mem, area.mm, address)] = ZERO_PAGE | bits
+
+
+@jit_entry
+def fill_page_cache(mem_table, vma, dirty):
+    """Read every page of the vma's file in, in the vma's folio order and on its node. 0 or -ENOMEM."""
+    mem = unpack(mem_table)
+    mapping = mem.vmas[vma].mapping
+    for index in range(mem.mappings[mapping].nr_slots):
+        pfn = filemap_fault(mem, vma, index)
+        if pfn == NO_PFN:
+            return -ENOMEM
+        if dirty:
+            folio_mark_dirty(mem, pfn)
+    return 0
+
+
+@jit_entry
 def copy_page_range(mem_table, vma, child):
     """Copy the entries of ``vma`` to the same addresses in vma ``child`` of a new process, for a fork.
 
@@ -461,9 +679,14 @@ def copy_entry(mem, vma, child, address, entry):
     anon = pfn != NO_PFN and mem.folios[pfn].mapping < 0
     if anon and old & PTE_PRESENT and old & PTE_EXCLUSIVE and folio_maybe_dma_pinned(mem, pfn):
         return cow_page(mem, child, address, page)
+    if huge and pfn != NO_PFN and not anon:
+        return 0                                    # the child faults a PMD-mapped file folio in again
     if area.vm_flags & VM_SHARED == 0:
         old &= ~(PTE_WRITE | PTE_EXCLUSIVE)
         mem.tables[entry] = old
+    if old & PTE_SWAP:
+        swap_duplicate(mem, page)
+    old &= ~PTE_UFFD_WP                             # the child's memory is not registered
     if huge:
         pgtable_deposit(mem, to.mm)
         mem.tables[walk_alloc_pmd(mem, to.mm, address)] = old

@@ -154,6 +154,7 @@ VMA_DTYPE = np.dtype([(name, np.int64) for name in (
     "first_avc",                    # this vma's links to anon_vmas: Memory.avcs, through next_of_vma
     "next_in_mapping",              # i_mmap: next vma of the same file
     "pol_mode", "pol_nodes",        # its memory policy: MPOL_* (0: none) and the nodes, a bit each (mm/mempolicy.py)
+    "has_anon",                     # an anonymous page was mapped in it, or in what it was forked from: its anon_vma is in use
     "pol_ilx",                      # interleaving counts pages from this pgoff on: where it was mapped, before any split
 )], align=True)
 """struct vm_area_struct; addresses in bytes, pgoff in pages. Row 0 is unused."""
@@ -210,6 +211,7 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "offload_cpu_kernel",           # 1 + the copy kernel if the CPU routine is on duty; 0: somebody Python must call
     "memory_tiering",               # NUMA_BALANCING_MEMORY_TIERING; nodes with CPUs are the top tier
     "swap_space",                   # row of mappings, 0 without swap
+    "swap_device",                  # address of the bytes of swap entry 0
     "thp_split_page", "thp_split_page_failed",
     "pgmigrate_success", "pgmigrate_fail",
     "thp_migration_success", "thp_migration_fail", "thp_migration_split",
@@ -240,6 +242,7 @@ class Memory(NamedTuple):
     rmap_items: np.recarray         # RMAP_ITEM_DTYPE
     mappings: np.recarray           # MAPPING_DTYPE
     slots: np.ndarray               # int64: page caches, one pfn per page of a file
+    swap_map: np.ndarray            # int64, indexed by swap entry: page-table entries that hold it
     mthp_nr_anon: np.ndarray        # int64: large anonymous folios, indexed by order
     others: np.recarray             # OTHERS_DTYPE
     scripts: np.ndarray             # int64: outcomes told beforehand, 0 or -errno
@@ -248,7 +251,7 @@ class Memory(NamedTuple):
 
 
 MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.int64, np.int64, MM_DTYPE, VMA_DTYPE,
-                       ANON_VMA_DTYPE, AVC_DTYPE, RMAP_ITEM_DTYPE, MAPPING_DTYPE, np.int64, np.int64, OTHERS_DTYPE, np.int64,
+                       ANON_VMA_DTYPE, AVC_DTYPE, RMAP_ITEM_DTYPE, MAPPING_DTYPE, np.int64, np.int64, np.int64, OTHERS_DTYPE, np.int64,
                        np.int64, SYS_DTYPE)
 
 

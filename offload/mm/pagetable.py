@@ -1,7 +1,7 @@
 """Page tables, migration entries and the reverse map.
 
 Stands for the four-level page tables of x86-64, include/linux/swapops.h (migration entries), mm/rmap.c
-(try_to_migrate) and remove_migration_ptes() of mm/migrate.c (v7.3). Leaves out uprobes, userfaultfd, device
+(try_to_migrate) and remove_migration_ptes() of mm/migrate.c (v7.3). Leaves out uprobes, device
 private entries, secondary MMUs and the lock order (nothing else runs inside a step).
 
 A page table is 512 int64 entries of Memory.tables. An entry is a pfn (or the number of a lower table) above
@@ -16,14 +16,14 @@ from offload.intrinsics import prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.address_space import folio_mark_dirty
 from offload.mm.memmap import (
-    PG_dirty, PG_hwpoison, PG_ksm, PG_mlocked, PG_swapbacked, PG_zone_device, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
+    PG_dirty, PG_hwpoison, PG_ksm, PG_lru, PG_mlocked, PG_swapbacked, PG_zone_device, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
 )
 from offload.mm.node import deferred_split_folio, folio_maybe_dma_pinned, lru_readd
 from offload.units import HPAGE_PMD_ORDER, PAGE_SHIFT
 
 __all__ = (
     "PTE_PRESENT", "PTE_WRITE", "PTE_DIRTY", "PTE_YOUNG", "PTE_EXCLUSIVE", "PTE_HUGE", "PTE_SPECIAL",
-    "PTE_MIGRATION", "PTE_HWPOISON", "pte_pfn", "pte_is_migration", "walk_pmd", "walk_pte", "walk_alloc_pte", "walk_alloc_pmd",
+    "PTE_MIGRATION", "PTE_HWPOISON", "PTE_UFFD_WP", "PTE_SWAP", "pte_pfn", "pte_is_migration", "walk_pmd", "walk_pte", "walk_alloc_pte", "walk_alloc_pmd",
     "set_pte", "free_table", "pgtable_deposit", "pgtable_withdraw", "split_pmd", "folio_add_rmap", "folio_remove_rmap", "add_rss", "try_to_migrate", "try_to_unmap", "remove_migration_ptes", "new_table", "pgd_alloc", "free_pgtables",
 )
 
@@ -36,6 +36,8 @@ PTE_HUGE = 1 << 5                   # a leaf at PMD level
 PTE_SPECIAL = 1 << 6                # maps no folio: the zero page, device memory
 PTE_MIGRATION = 1 << 7              # not PRESENT: a migration entry
 PTE_HWPOISON = 1 << 8               # not PRESENT, SPECIAL: access to it is SIGBUS
+PTE_UFFD_WP = 1 << 9               # write-protected through userfaultfd; stays over a migration or a swap-out
+PTE_SWAP = 1 << 10                  # not PRESENT, SPECIAL: swapped out; a swap entry stands in place of the pfn
 PTE_BITS = (1 << PAGE_SHIFT) - 1
 ZERO_PAGE = PTE_PRESENT | PTE_SPECIAL
 """The entry that maps the shared zero page: readable, never writable, no folio."""
@@ -147,6 +149,11 @@ def split_pmd(mem, mm, pmd):
     old = mem.tables[pmd]
     table = pgtable_withdraw(mem, mm)
     bits = old & PTE_BITS & ~PTE_HUGE
+    if old & PTE_SPECIAL:                           # the huge zero page
+        for i in range(PTRS):
+            mem.tables[table * PTRS + i] = bits
+        mem.tables[pmd] = table << PAGE_SHIFT | PTE_PRESENT
+        return
     for i in range(PTRS):
         mem.tables[table * PTRS + i] = pte_pfn(old) + i << PAGE_SHIFT | bits
     mem.tables[pmd] = table << PAGE_SHIFT | PTE_PRESENT
@@ -211,7 +218,7 @@ def folio_add_rmap(mem, folio_pfn, vma, huge):
 
 @jit_inline
 def folio_remove_rmap(mem, folio_pfn, vma, huge):
-    """One entry less: mapcount, NR_*_MAPPED with the last; leaving a VM_LOCKED vma takes the mlocked mark off.
+    """One entry less: mapcount, NR_*_MAPPED with the last; leaving the last VM_LOCKED vma takes the mlocked mark off.
 
     A large anonymous folio with fewer entries than pages is partially mapped now; it is queued for splitting,
     which the next migration of it will act upon.
@@ -229,9 +236,26 @@ def folio_remove_rmap(mem, folio_pfn, vma, huge):
     elif nr_pages > 2 and folio.mapping < 0 and folio.mapcount < nr_pages and folio.entire_mapcount == 0 and not huge:
         deferred_split_folio(mem, folio_pfn, True)
     if mem.vmas[vma].vm_flags & VM_LOCKED and folio.page_flags & PG_mlocked:
-        folio.page_flags &= ~PG_mlocked
-        mem.nodes[folio.nid].nr_mlock -= nr_pages
-        lru_readd(mem, folio_pfn)
+        munlock_vma_folio(mem, folio_pfn, vma)
+
+
+@jit
+def munlock_vma_folio(mem, folio_pfn, vma):
+    """A mapping in a VM_LOCKED vma has gone: the mlocked mark goes, unless the folio is on the LRU and another such vma maps it.
+
+    Kernel: munlock_vma_folio(); its mlock_count, too, is valid only while the folio is on the unevictable list.
+    """
+    folio = mem.folios[folio_pfn]
+    if folio.page_flags & PG_lru and folio.mapcount and folio.page_flags & PG_ksm == 0:
+        cursor = rmap_first(mem, folio_pfn)
+        while cursor:
+            other = rmap_vma(mem, folio_pfn, cursor)
+            if mem.vmas[other].vm_flags & VM_LOCKED and vma_maps_folio(mem, other, folio_pfn):
+                return
+            cursor = rmap_next(mem, folio_pfn, cursor)
+    folio.page_flags &= ~PG_mlocked
+    mem.nodes[folio.nid].nr_mlock -= np.int64(1) << folio.order
+    lru_readd(mem, folio_pfn)
 
 
 @jit_inline
@@ -299,6 +323,39 @@ def vma_address(mem, vma, index):
     """Address at which page ``index`` of the mapping would stand in the vma; may lie outside it."""
     area = mem.vmas[vma]
     return area.start + (index - area.pgoff << PAGE_SHIFT)
+
+
+@jit
+def vma_maps_folio(mem, vma, folio_pfn):
+    """Whether an entry of the vma maps a page of the folio."""
+    area = mem.vmas[vma]
+    nr_pages = np.int64(1) << mem.folios[folio_pfn].order
+    address = vma_address(mem, vma, mem.folios[folio_pfn].index)
+    end = min(address + (nr_pages << PAGE_SHIFT), area.end)
+    address = max(address, area.start)
+    while address < end:
+        pmd = walk_pmd(mem, area.mm, address)
+        if pmd == 0 or mem.tables[pmd] == 0:
+            address = (address | PMD_SIZE - 1) + 1
+            continue
+        huge = mem.tables[pmd] & PTE_HUGE
+        entry = mem.tables[pmd] if huge else mem.tables[(mem.tables[pmd] >> PAGE_SHIFT) * PTRS + (address >> PAGE_SHIFT & 511)]
+        if entry & PTE_PRESENT and entry & PTE_SPECIAL == 0 and folio_pfn <= pte_pfn(entry) < folio_pfn + nr_pages:
+            return True
+        address = (address | PMD_SIZE - 1) + 1 if huge else address + (1 << PAGE_SHIFT)
+    return False
+
+
+@jit
+def folio_mapped_by_others(mem, folio_pfn, mm):
+    """Whether a process other than ``mm`` maps a page of the folio."""
+    cursor = rmap_first(mem, folio_pfn)
+    while cursor:
+        vma = rmap_vma(mem, folio_pfn, cursor)
+        if mem.vmas[vma].mm != mm and vma_maps_folio(mem, vma, folio_pfn):
+            return True
+        cursor = rmap_next(mem, folio_pfn, cursor)
+    return False
 
 
 @jit_inline

@@ -8,12 +8,12 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.mm.memmap import (
-    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_migratable,
+    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, NO_PFN, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_migratable,
     PG_hugetlb_temporary, PG_hwpoison, PG_ksm, PG_locked, PG_lru, PG_mlocked, PG_movable_ops,
     PG_movable_ops_isolated, PG_private, PG_reserved, PG_swapbacked, PG_swapcache, PG_unevictable,
 )
 from offload.mm.node import GUP_PIN_COUNTING_BIAS, NR_ORDERS, WORD_BITS
-from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTRS
+from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_WRITE, PTRS
 from offload.units import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE_SHIFT
 
 __all__ = ("validate",)
@@ -26,11 +26,11 @@ def validate(machine):
     heads = validate_frames(mem, free)
     entries = leaf_entries(mem)
     validate_entries(mem, entries, free)
-    validate_counts(mem, heads, entries)
+    validate_counts(mem, heads, entries, gup_references(machine))
     validate_folios(mem, heads)
     validate_ksm(mem, heads, entries)
     validate_slots(mem, free)
-    validate_swap_cache(mem, heads)
+    validate_swap_cache(mem, heads, entries)
     validate_nodes(mem, heads, free)
     validate_hugetlb(mem, heads, entries)
 
@@ -119,7 +119,7 @@ def validate_entries(mem, entries, free):
     migration = values & PTE_MIGRATION != 0
     if migration.any():
         complain("migration entries outside a call, at addresses", addresses[migration])
-    absent = values & (PTE_PRESENT | PTE_HWPOISON) == 0
+    absent = values & (PTE_PRESENT | PTE_HWPOISON | PTE_SWAP) == 0
     if absent.any():
         complain("entries that are neither none nor present, at addresses", addresses[absent])
     bad = values[values & PTE_HWPOISON != 0] >> PAGE_SHIFT
@@ -130,7 +130,19 @@ def validate_entries(mem, entries, free):
         complain("free pages are mapped", pages[free[pages]])
 
 
-def validate_counts(mem, heads, entries):
+def gup_references(machine):
+    """Plain references that processes hold on pages, counted by folio."""
+    mem = machine.mem
+    refs = np.zeros(len(mem.folios), np.int64)
+    for process in machine.processes:
+        for pages in process.gets.values():
+            for page in pages:
+                order = int(mem.orders[page])
+                refs[page >> order << order] += page != NO_PFN
+    return refs
+
+
+def validate_counts(mem, heads, entries, gets):
     """mapcount and refcount of every folio equal what page tables, page caches, pins and others explain."""
     mms, addresses, values = entries
     mapped = values & PTE_SPECIAL == 0
@@ -157,7 +169,7 @@ def validate_counts(mem, heads, entries):
     owned = row.page_flags & PG_movable_ops != 0
     expected += np.where(owned, row.private != 0, 0)            # its owner's
     expected += np.where(row.page_flags & PG_reserved != 0, 1, 0)
-    expected += mem.others.refs_held[row.others]
+    expected += mem.others.refs_held[row.others] + gets[heads]
     expected += np.where(row.order > 0, row.pincount, row.pincount * GUP_PIN_COUNTING_BIAS)
     expected += np.bincount(mem.lru_batch[:mem.sys.lru_batch_nr[0]], minlength=len(mem.folios))[heads]
     isolated = (row.page_flags & (PG_lru | PG_reserved) == 0) & ~np.isin(heads, mem.lru_batch[:mem.sys.lru_batch_nr[0]])
@@ -206,7 +218,7 @@ def validate_ksm(mem, heads, entries):
             complain("KSM pages mapped writable, or where their stable node does not know", pfn)
 
 
-def validate_swap_cache(mem, heads):
+def validate_swap_cache(mem, heads, entries):
     """Every slot of the swap cache holds the folio whose swap entry it is, and every folio in it has its slots."""
     cached = heads[mem.folios.page_flags[heads] & PG_swapcache != 0]
     space = mem.mappings[mem.sys.swap_space[0]]
@@ -219,6 +231,9 @@ def validate_swap_cache(mem, heads):
         complain("swap entries that do not hold the folio that has them", np.flatnonzero(slots != expected))
     if space.nrpages != np.count_nonzero(slots):
         complain(f"swap space: {np.count_nonzero(slots)} slots in use, nrpages", space.nrpages)
+    held = np.bincount(entries[2][entries[2] & PTE_SWAP != 0] >> PAGE_SHIFT, minlength=len(mem.swap_map))
+    if (held != mem.swap_map).any():
+        complain("swap entries whose swap_map is not the number of page-table entries that hold them", np.flatnonzero(held != mem.swap_map))
 
 
 def validate_slots(mem, free):
@@ -253,8 +268,8 @@ def validate_nodes(mem, heads, free):
             ("nr_lru_anon", evictable_lru & has(PG_swapbacked), nr_pages),
             ("nr_lru_file", evictable_lru & ~has(PG_swapbacked), nr_pages),
             ("nr_unevictable", has(PG_lru) & has(PG_unevictable), nr_pages),
-            ("nr_anon_mapped", in_use & (row.mapping < 0) & (row.mapcount > 0), nr_pages),
-            ("nr_file_mapped", in_use & (row.mapping > 0) & (row.mapcount > 0), nr_pages),
+            ("nr_anon_mapped", ~has(PG_hugetlb) & (row.mapping < 0) & (row.mapcount > 0), nr_pages),
+            ("nr_file_mapped", ~has(PG_hugetlb) & (row.mapping > 0) & (row.mapcount > 0), nr_pages),
             ("nr_file_pages", cached | has(PG_swapcache), nr_pages * (cached + has(PG_swapcache).astype(np.int64))),
             ("nr_shmem", shmem, nr_pages), ("nr_shmem_thps", shmem & (row.order >= HPAGE_PMD_ORDER), nr_pages),
             ("nr_swapcache", has(PG_swapcache), nr_pages),

@@ -16,7 +16,7 @@ from offload.mm.memmap import (
     NO_PFN, PG_hugetlb, PG_zone_device, VM_PFNMAP, folio_test_large, page_folio, unpack,
 )
 from offload.mm.pagetable import (
-    PMD_SIZE, PTE_HUGE, PTE_PRESENT, rmap_first, rmap_next, rmap_vma, vma_address, walk_pmd,
+    PMD_SIZE, PTE_HUGE, PTE_PRESENT, rmap_first, rmap_next, rmap_vma, vma_maps_folio, walk_pmd,
 )
 from offload.syscalls.creds import capable, cpuset_mems_allowed, find_task
 from offload.syscalls.result import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, UNTAG_MASK, failing_allocs, make_result
@@ -120,15 +120,6 @@ def maps_folio(mem, mm, start, end, pfn):
         if page != NO_PFN and page_folio(mem, page) == pfn:
             return True
     return False
-
-
-@jit
-def vma_maps_folio(mem, vma, pfn):
-    """Whether any page of the folio is mapped in the vma."""
-    area = mem.vmas[vma]
-    address = vma_address(mem, vma, mem.folios[pfn].index)
-    end = min(address + (np.int64(PAGE_SIZE) << mem.folios[pfn].order), area.end)
-    return maps_folio(mem, area.mm, max(address, area.start), end, pfn)
 
 
 @jit_entry
