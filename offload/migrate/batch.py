@@ -369,6 +369,8 @@ def move_phase(mem, call):
                 if step_after(call, STEP_MOVE_FAILED, src):
                     return STOP_STEP
             else:
+                if mem.folios[src].others:
+                    others_after_failed_move(mem, src)
                 call.pair_src[row] = 0
                 c.failed += 1
                 c.nr_thp_failed += thp

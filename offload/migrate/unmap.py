@@ -12,7 +12,8 @@ from offload.migrate.call import list_add_tail
 from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_info_record
 from offload.mm.address_space import filemap_release_folio
 from offload.mm.memmap import (
-    NO_PFN, PG_hwpoison, PG_ksm, PG_mlocked, PG_movable_ops, PG_private, PG_uptodate, PG_writeback, folio_trylock, folio_unlock,
+    NO_PFN, PG_hwpoison, PG_ksm, PG_mlocked, PG_movable_ops, PG_private, PG_reserved, PG_uptodate,
+    PG_writeback, folio_trylock, folio_unlock,
 )
 from offload.mm.compaction import compaction_alloc, compaction_free
 from offload.mm.mempolicy import alloc_pages_nodemask, interleave_nid
@@ -125,13 +126,14 @@ def migrate_folio_undo_src(mem, call, src, was_mapped, anon_vma, locked, ret):
 @jit_inline
 def migrate_folio_done(mem, src, reason):
     """The source of a finished migration: NR_ISOLATED (not for demotion, whose caller does it in bulk) and the
-    isolation reference (not for memory failure), which frees it."""
+    isolation reference, which frees it. Memory failure keeps the reference, and the frame out of use."""
     if mem.folios[src].page_flags & PG_movable_ops == 0 and reason != MR_DEMOTION:
         node_stat_add_isolated(mem, src, -1)
     if reason != MR_MEMORY_FAILURE:
         folio_put(mem, src)
     else:
         mem.folios[src].migrate_info = 0
+        mem.folios[src].page_flags |= PG_reserved   # as page_handle_poison() of the caller does with PG_hwpoison
 
 
 @jit_once

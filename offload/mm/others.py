@@ -105,4 +105,6 @@ def others_before_move(mem, src):
 
 @jit
 def others_after_failed_move(mem, src):
+    """A move attempt has failed: references that go after that many are dropped at once, before anybody looks again."""
     mem.others[mem.folios[src].others].failed_moves += 1
+    others_before_move(mem, src)
