@@ -344,7 +344,8 @@ class Reference:
     def remove_migration_ptes(self, src, x):
         """Migration entries of ``src`` become entries for ``x`` (``src`` itself or its destination)."""
         entries = src.pmd_entries + sum(src.pte_entries)
-        x.pmd_maps, x.pte_maps = src.pmd_entries, src.pte_entries
+        x.pmd_maps += src.pmd_entries
+        x.pte_maps = [maps + one for maps, one in zip(x.pte_maps, src.pte_entries)]
         src.pmd_entries, src.pte_entries = 0, [0] * src.nr
         x.refcount += entries
         if entries and x.vma_mlocked:
@@ -726,14 +727,17 @@ class Reference:
         return failed
 
     def offload_copy(self, pairs):
-        """The migrator's batch copy, mc_copy with the faults of the scenario (offload.md sections 2 and 3): 0 or -errno."""
+        """The migrator's batch copy, with the faults of the scenario (offload.md sections 2 and 3): 0 or -errno.
+
+        All migrators are one here, except that dcbm does not notice poison.
+        """
         if self.offload.get("declines"):
             return -EOPNOTSUPP
         limit = self.offload.get("fails_after", len(pairs))
         fails = limit < len(pairs)
         rc, copied = 0, []
         for src, dst in pairs[:limit]:
-            rc = self.folio_mc_copy(dst, src)
+            rc = self.folio_mc_copy(dst, src, detects_poison=self.offload.get("migrator") != "dcbm")
             if rc:
                 break
             self.copies["batched"] += 1
@@ -887,12 +891,23 @@ class Reference:
         return self.filemap_migrate_folio(dst, src, all_copied)
 
     def fallback_migrate_folio(self, dst, src, mode, all_copied):
-        """fallback_migrate_folio() (section 12), of v6.16 and later."""
+        """fallback_migrate_folio() (section 12). Up to v6.15 a SYNC call writes a dirty folio, and succeeds no more."""
+        if self.kernel == "6.12" and mode == SYNC:
+            if src.dirty:
+                return self.writeout(src)
+            if src.mapped:
+                return -EAGAIN
         if src.dirty:
             return -EBUSY
         if src.private and not self.release_private(src):
             return -EAGAIN if mode == SYNC else -EBUSY
         return self.migrate_folio(dst, src, all_copied)
+
+    def writeout(self, src):
+        """writeout() of 6.12 (section 12): clean and mapped again from now on; writing does not fail."""
+        src.dirty = src.pte_dirty = False
+        self.remove_migration_ptes(src, src)
+        return -EAGAIN
 
     def __migrate_folio(self, dst, src, take_private, all_copied):
         """__migrate_folio() (section 12), which asks first whether the batch copy was made (offload.md section 1)."""
@@ -913,9 +928,9 @@ class Reference:
         self.folio_migrate_flags(dst, src)
         return 0
 
-    def folio_mc_copy(self, dst, src):
+    def folio_mc_copy(self, dst, src, detects_poison=True):
         """folio_mc_copy() (section 15): 0, or -EHWPOISON. A copy over a completed one throws that away."""
-        if src.copy_error:
+        if src.copy_error and detects_poison:
             return -EHWPOISON
         if dst.has_copy:
             self.copies["discarded"] += 1

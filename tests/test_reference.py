@@ -16,7 +16,6 @@ Not generated, because the rules leave open what would come of it (the judge's o
   would refuse; who inherits a copy error, poison or references to come when a folio that has them is split.
 * Poison of large folios except in mm-next, where it stops them before anything else: which of their pages is it?
 * A copy error in mm-next: whether the flag it leads to is set before stage 2 is a race.
-* A dirty folio without callback in 6.12 in SYNC mode: the page is written, by a file system that is not described.
 * A pinned folio with dirty entries that a PMD maps (is the dirty bit looked at before the refusal?).
 * ``freed`` for movable_ops pages (the rules exclude them from the shortcut, but their owner has let go of them), partially
   mapped and mlocked at once, shared memory in the swap cache that is mapped, buffers that somebody holds.
@@ -104,10 +103,7 @@ class Entry:
     def put_state(self):
         """Flags, page-table entries, blockers."""
         put = self.put
-        written_by_6_12 = self.fields.get("aops") == "none" and self.kernel == "6.12"
-        if not written_by_6_12:
-            self.is_("dirty")
-        for key in ("referenced", "active", "workingset"):
+        for key in ("dirty", "referenced", "active", "workingset"):
             self.is_(key)
         put("locked", ["until_wait", "until_wait", "until_wait", "forever"], 6)
         put("writeback", ["until_wait", "until_wait", "until_wait", "forever"], 8)
@@ -121,7 +117,7 @@ class Entry:
             put("zero_filled", sorted({1, (pages - gone + 1) // 2, pages - gone}), 4)
         if not gone and self.kind != "hugetlb":
             self.is_("mlocked")
-        if not (pinned and self.order >= 9 or written_by_6_12):
+        if not (pinned and self.order >= 9):
             self.is_("pte_dirty")
 
     def put_people(self):

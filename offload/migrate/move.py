@@ -235,9 +235,9 @@ def writeout(mem, src):
     Being mapped, it cannot move with this destination any more. Writing takes no time here and does not fail.
     """
     folio = mem.folios[src]
-    remove_migration_ptes(mem, src, src)
-    folio.page_flags &= ~PG_dirty
+    folio.page_flags &= ~PG_dirty                   # first: the entries come back clean
     mem.nodes[folio.nid].nr_file_dirty -= np.int64(1) << folio.order
+    remove_migration_ptes(mem, src, src)
     return -EAGAIN
 
 
