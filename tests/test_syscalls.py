@@ -66,7 +66,7 @@ class TestStatuses:
         address, _ = world.map(1)
         world.machine.mem.vmas.vm_flags[world.process._vma_at(address)] |= VM_PFNMAP
         assert move(world, [address], 1).status.tolist() == [-EFAULT]
-        world.check()
+        world.machine.validate()
 
     def test_bytes_within_a_page(self, world):
         address, _ = world.map(2)
@@ -246,8 +246,8 @@ class TestProcessMove:
     def test_a_folio_with_a_copied_page_in_the_middle(self, world):
         address, _ = world.map(2, 4)
         child = world.process.fork()
-        child.exit()
         world.process.write(address + 3 * PAGE_SIZE, world.expected[0][2][3 * PAGE_SIZE:4 * PAGE_SIZE])
+        child.exit()
         at = world.process.folio_addresses(address, 32 * PAGE_SIZE)
         assert at.tolist() == [address, address + 3 * PAGE_SIZE, address + 16 * PAGE_SIZE]
         assert world.process.folio_addresses(address + PAGE_SIZE, 8 * PAGE_SIZE).tolist() == [

@@ -218,6 +218,23 @@ class TestArguments:
         assert world.where(first, 4) == [1] * 4 and policy_at(world, second) == (MPOL_BIND, 2)
         world.check()
 
+    def test_part_of_a_vma(self, world):
+        """It is split; interleaving goes on counting from where the memory was mapped."""
+        world = World(64, 64, 64)
+        address, _ = world.map(8)
+        assert call(world, address + 3 * PAGE_SIZE, 4, "interleave", [1, 2]).ret == 0
+        assert world.where(address, 8) == [0, 0, 0, 2, 1, 2, 1, 0]
+        assert [policy_at(world, address + i * PAGE_SIZE)[0] for i in (2, 3, 6, 7)] == [0, MPOL_INTERLEAVE, MPOL_INTERLEAVE, 0]
+        world.check()
+
+    def test_part_of_a_thp(self, world):
+        """The whole folio moves, mapped by PTEs by then."""
+        address, _ = world.map(1, 9)
+        result = call(world, address, 256, "bind", [1])
+        assert result.ret == 0 and result.calls[0].stats["nr_thp_succeeded"] == 1
+        assert world.where(address, 2, 8) == [1, 1] and policy_at(world, address + (1 << 20)) == (MPOL_DEFAULT, 0)
+        world.check()
+
     def test_inside_a_hugetlb_page(self, world):
         address, _ = world.map(2, 9)
         vma = world.process._vma_at(address)

@@ -129,8 +129,9 @@ class TestMoving:
 
     def test_a_folio_with_a_copied_page_in_the_middle(self, world):
         address, _ = world.map(1, 4)
-        world.process.fork().exit()
+        child = world.process.fork()
         world.process.write(address + 3 * PAGE_SIZE, world.expected[0][2][3 * PAGE_SIZE:4 * PAGE_SIZE])
+        child.exit()
         result = call(world, [0], [1])
         assert result.ret == 0 and world.where(address, 16) == [1] * 16
         world.check()

@@ -17,10 +17,9 @@ def capable(process, capability):
 
 def caps_of(process):
     """Its permitted capabilities; a process of uid 0 that says nothing has all, another none."""
-    caps = getattr(process, "caps", None)
-    if caps is None:
-        caps = ALL_CAPS if getattr(process, "uid", 0) == 0 else frozenset()
-    return caps
+    if process.caps is None:
+        return ALL_CAPS if process.uid == 0 else frozenset()
+    return frozenset(process.caps)
 
 
 def ptrace_may_access(caller, target):
@@ -28,12 +27,12 @@ def ptrace_may_access(caller, target):
     the caller's; to CAP_SYS_PTRACE."""
     if caller is target or capable(caller, "CAP_SYS_PTRACE"):
         return True
-    return getattr(caller, "uid", 0) == getattr(target, "uid", 0) and caps_of(target) <= caps_of(caller)
+    return caller.uid == target.uid and caps_of(target) <= caps_of(caller)
 
 
 def find_task(caller, target):
     """0, or the -errno of a target that is not there (-ESRCH) or not accessible (-EPERM)."""
-    if getattr(target, "state", "alive" if target.mm else "dead") == "dead":
+    if target.state == "dead":
         return -ESRCH
     return 0 if ptrace_may_access(caller, target) else -EPERM
 
@@ -46,5 +45,4 @@ def nodes_with_memory(machine):
 def cpuset_mems_allowed(process):
     """The nodes with memory that the process's cpuset allows it."""
     nids = nodes_with_memory(process.machine)
-    allowed = getattr(process, "mems_allowed", None)
-    return nids if allowed is None else nids & frozenset(allowed)
+    return nids if process.mems_allowed is None else nids & frozenset(process.mems_allowed)
