@@ -103,6 +103,9 @@ class FolioLevel:
             processes = [parent] + [parent.fork() for _ in range(maps - 1)]
             for i, address, pfns in places:
                 given = self.scenario["folios"][i]
+                if given.get("kind") in ("file", "shmem"):      # whose page tables a fork does not copy
+                    for child in processes[1:]:
+                        child.populate(address, len(pfns) * PAGE_SIZE << folio_order(given))
                 stretches[i] = given, pfns, [(process, address) for process in processes if address]
         first_page = 0
         pfns = []

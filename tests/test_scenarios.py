@@ -148,13 +148,25 @@ class TestData:
         assert (second["rc"], second["left"], second["stats"]["nr_succeeded"]) == (0, [], 1)
 
 
+class TestMaps:
+    """``maps`` of a folio are page-table mappings, whatever its kind."""
+
+    def test_maps(self):
+        (result,) = run_scenario({
+            "format": 1, "name": "t/x", "calls": [{"op": "migrate_pages"}],
+            "folios": [{"name": "a", "maps": 3}, {"name": "f", "kind": "file", "maps": 3},
+                       {"name": "s", "kind": "shmem", "order": 2, "maps": 2}, {"name": "h", "kind": "hugetlb", "maps": 2}]})
+        assert {name: facts["mapcount"] for name, facts in result["folios"].items()} == {"a": 3, "f": 3, "s": 8, "h": 2}
+        assert result["data_ok"] and {facts["node"] for facts in result["folios"].values()} == {1}
+
+
 class TestPage:
     """The worked examples of docs/scenarios.md come out as they say."""
 
     def test_examples(self, tmp_path):
         page = (pathlib.Path(__file__).parent.parent / "docs" / "scenarios.md").read_text()
         examples = [part.split("```")[0] for part in page.split("```json\n")[1:]]
-        assert len(examples) == 2
+        assert len(examples) == 3
         for example in examples:
             path = tmp_path / "example.json"
             path.write_text(example)

@@ -524,6 +524,7 @@ def _map_vmas(machine, process, snapshot, plan):
         if mem.vmas.anon_vma[vma] != anon_vma:
             machine.link_anon_vma(vma, anon_vma, owner=False)
             mem = machine.mem
+    mem.vmas.has_anon[plan.runs.vma[anon]] = 1
 
 
 def _new_files(machine, kinds, sizes):
@@ -610,7 +611,7 @@ def _share(machine, process, plan):
             area = machine.mem.vmas[row]
             start, end, pgoff = int(area.start), int(area.end), int(area.pgoff)
             copy = _mmap_row(helper, end - start, start)
-            machine.mem.vmas[copy].pgoff = pgoff
+            machine.mem.vmas[copy].pgoff, machine.mem.vmas[copy].has_anon = pgoff, 1
             for anon_vma in machine.anon_vmas_of(row):
                 machine.link_anon_vma(copy, anon_vma, owner=False)
             target[anon & (vma == row)] = copy
