@@ -16,7 +16,7 @@ from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
 from offload.mm.address_space import add_to_swap_cache, truncate_folio
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active, PG_dirty, PG_hugetlb,
+    ALLOC_FAIL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active, PG_dirty, PG_hugetlb,
     PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, PG_locked, PG_mlocked, PG_private, PG_referenced, PG_swapcache,
     PG_uptodate, PG_workingset, PG_writeback,
 )
@@ -32,7 +32,7 @@ __all__ = ("FolioLevel", "check_folio_level")
 
 SEED = 0x6d6967                     # of the bytes in memory
 OTHERS_WORDS = {"no": OTHERS_NO, "until_wait": OTHERS_UNTIL_WAIT, "forever": OTHERS_FOREVER}
-ALLOC_WORDS = {"ok": ALLOC_OK, "fail": ALLOC_FAIL, "fail_all": ALLOC_FAIL_ALL}
+ALLOC_WORDS = {"ok": ALLOC_OK, "fail": ALLOC_FAIL, "fail_all": ALLOC_FAIL}
 
 
 def check_folio_level(scenario):
@@ -247,6 +247,10 @@ class FolioLevel:
                     [0 if outcome == "ok" else -errno_value(outcome) for outcome in given[key]])
         if not any(fields.values()):
             return
+        if given.get("alloc") == "fail_all":
+            fields["pieces"] = self.machine.new_row("others")
+            self.machine.mem.others[fields["pieces"]].alloc = ALLOC_FAIL
+            self.machine.mem.others[fields["pieces"]].refs_gone_after = -1
         row = self.machine.new_row("others")        # may replace the array: mem is looked up again below
         mem = self.machine.mem
         others = mem.others[row]

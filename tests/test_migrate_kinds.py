@@ -3,6 +3,8 @@
 The matrix is worked out by hand from the rules, not computed: (rc, targets allocated, targets returned) per mode.
 """
 
+import random
+
 import numpy as np
 import pytest
 
@@ -14,20 +16,27 @@ from offload.mm.memmap import (
     OTHERS_FOREVER, OTHERS_UNTIL_WAIT, PG_dirty, PG_hwpoison, PG_ksm, PG_movable_ops, PG_movable_ops_isolated, PG_private,
     PG_swapcache, PG_uptodate, PG_zone_device,
 )
-from offload.scenario_folios import FolioLevel
-from offload.scenario_format import check
+from offload.scenario_folios import FolioLevel, check_folio_level
+from offload.scenario_format import KINDS_WITH, Fault, check
 from offload.units import EBUSY, PAGE_SIZE, RULE_SETS
 
 MODES = ("MIGRATE_ASYNC", "MIGRATE_SYNC_LIGHT", "MIGRATE_SYNC")
 KERNELS = tuple(RULE_SETS)
 
 
-def run(*folios, kernel="7.3", mode="MIGRATE_ASYNC", calls=1, machine=None, **call):
-    """The FolioLevel of folios after one call or more, and the last result. The books add up before and after each."""
-    given = [{"name": f"f{i}", **folio} for i, folio in enumerate(folios)]
-    scenario = {"format": 1, "name": "t/x", "kernel": kernel, "machine": machine or {}, "folios": given,
-                "calls": [{"op": "migrate_pages", "mode": mode, **call}]}
+def scenario_of(folios, kernel="7.3", machine=None, **call):
+    """A scenario of folios f0, f1 ... and one call. Fault if they cannot be."""
+    scenario = {"format": 1, "name": "t/x", "kernel": kernel, "machine": machine or {},
+                "folios": [{"name": f"f{i}", **folio} for i, folio in enumerate(folios)],
+                "calls": [{"op": "migrate_pages", **call}]}
     check(scenario)
+    check_folio_level(scenario)
+    return scenario
+
+
+def run(*folios, calls=1, **fields):
+    """The FolioLevel of folios after one call or more, and the last result. The books add up before and after each."""
+    scenario = scenario_of(folios, **fields)
     level = FolioLevel(scenario)
     level.machine.validate()
     for _ in range(calls):
@@ -222,11 +231,12 @@ class TestAfterwards:
 
     def test_write_out_cleans_and_restores(self):
         """6.12: the folio stays, mapped and clean, and moves when it is asked again."""
-        folio = {"kind": "file", "aops": "none", "dirty": True}
+        for kind in ("shmem", "file"):
+            folio = {"kind": kind, "aops": "none", "pte_dirty": True}
+            assert outcome(run(folio, kernel="6.12", mode="MIGRATE_SYNC", calls=2)[1]) == (0, 1, 0)
         level, result = run(folio, kernel="6.12", mode="MIGRATE_SYNC")
         assert (result["rc"], result["folios"]["f0"]["dirty"], result["folios"]["f0"]["mapcount"]) == (1, False, 1)
         assert level.machine.mem.nodes.nr_file_dirty.sum() == 0
-        assert outcome(run(folio, kernel="6.12", mode="MIGRATE_SYNC", calls=2)[1]) == (0, 1, 0)
 
 
 class TestPoison:
@@ -326,6 +336,12 @@ class TestSplit:
                             machine={"thp_migration": False})
         assert (result["rc"], result["stats"]["nr_split"], result["stats"]["nr_thp_failed"]) == (1, 0, 1)
         assert result["folios"]["f0"]["refcount"] == 2
+
+    def test_references_stay_with_the_head(self):
+        folio = {"order": 2, "alloc": "fail_all", "split": ["ok"], "extra_refs": 1, "extra_refs_gone_after": 0}
+        level, result = run(folio, {"order": 2, "alloc": "fail_all"})
+        assert result["left"] == ["f0/1", "f0/2", "f0/3", "f0/0", "f1/1", "f1/2", "f1/3", "f1/0"]
+        assert [result["folios"][f"f0/{i}"]["refcount"] for i in range(4)] == [3, 2, 2, 2]
 
     def test_each_attempt_has_its_outcome(self):
         """Two destinations too many: the attempts of a long-term pin until the third."""
@@ -557,6 +573,60 @@ class TestSwapSpace:
         world.migrate([pfn])
         assert world.machine.mem.nodes.nr_swapcache.tolist() == [0, 1]
         world.check()
+
+
+def any_folio(rng):
+    """A folio that can be, with some of the fields that the format has."""
+    while True:
+        folio = any_fields(rng)
+        try:
+            scenario_of([folio])
+            return folio
+        except Fault:
+            pass
+
+
+def any_fields(rng):
+    def perhaps(chance, key, *values):
+        if rng.random() < chance:
+            folio[key] = rng.choice(values)
+
+    kind = rng.choice(["anon", "anon", "file", "file", "shmem", "ksm", "movable_ops"])
+    folio = {"kind": kind}
+    if kind != "ksm":
+        folio["order"] = rng.choice([0, 0, 0, 2, 4])
+    for key in ("dirty", "pte_dirty", "mlocked", "active", "copy_error", "pinned", "freed", "truncated", "inaccessible"):
+        perhaps(.1, key, True)
+    perhaps(.2, "maps", 0, 2, 3)
+    perhaps(.1, "uptodate", False)
+    perhaps(.15, "hwpoison", "before", "after_unmap")
+    perhaps(.15, "locked", "until_wait")
+    perhaps(.1, "writeback", "until_wait")
+    perhaps(.2, "alloc", "fail", "fail_all")
+    perhaps(.2, "extra_refs", 1, 3)
+    perhaps(.1, "zero_filled", 1, 2)
+    perhaps(.2, "partially_mapped", 1, 2)
+    perhaps(.2, "swapcache", True)
+    perhaps(.3, "private", "releasable", "unreleasable")
+    perhaps(.4, "aops", "migrate_folio", "filemap", "buffer", "buffer_norefs", "none", "secretmem")
+    perhaps(.2, "split", ["ok"], ["EBUSY", "ok"], ["EAGAIN"])
+    perhaps(.2, "callback", ["EAGAIN", "ok"], ["EINVAL"])
+    return {key: value for key, value in folio.items() if kind in KINDS_WITH.get(key, (kind,))}
+
+
+class TestAnything:
+    """Whatever the folios are: no byte is lost, the books add up, and succeeded and failed pages are all of them."""
+
+    @pytest.mark.parametrize("seed", range(60))
+    def test_seed(self, seed):
+        rng = random.Random(seed)
+        folios = [any_folio(rng) for _ in range(rng.choice([1, 2, 5]))]
+        kernel, mode = rng.choice(KERNELS), rng.choice(MODES)
+        _, result = run(*folios, kernel=kernel, mode=mode, machine={"nodes": [{"pages": 512}, {"pages": 512}]})
+        stats = result["stats"]
+        assert (result["rc"] == 0) == (not result["left"])
+        if not any("alloc" in folio for folio in folios):
+            assert stats["nr_succeeded"] + stats["nr_failed_pages"] == sum(1 << folio.get("order", 0) for folio in folios)
 
 
 class TestConfig:

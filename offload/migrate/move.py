@@ -21,7 +21,7 @@ from offload.migrate.state import (
 from offload.migrate.unmap import (
     migrate_folio_done, migrate_folio_undo_dst, migrate_folio_undo_src, put_anon_vma,
 )
-from offload.mm.address_space import file_stat_add, fill_slots, filemap_release_folio, swap_stat_add
+from offload.mm.address_space import file_stat_add, fill_slots, filemap_release_folio, folio_clear_dirty, swap_stat_add
 from offload.mm.frames import folio_mc_copy, frame_address
 from offload.mm.ksm import folio_migrate_ksm
 from offload.mm.memmap import (
@@ -230,14 +230,12 @@ def fallback_migrate_folio(mem, call, src):
 
 @jit
 def writeout(mem, src):
-    """Write a dirty folio out, mapped again as it was; -EAGAIN (6.12).
+    """Write a dirty folio out; it is clean then, and mapped again. -EAGAIN (6.12).
 
     Being mapped, it cannot move with this destination any more. Writing takes no time here and does not fail.
     """
-    folio = mem.folios[src]
-    folio.page_flags &= ~PG_dirty                   # first: the entries come back clean
-    mem.nodes[folio.nid].nr_file_dirty -= np.int64(1) << folio.order
-    remove_migration_ptes(mem, src, src)
+    folio_clear_dirty(mem, src)
+    remove_migration_ptes(mem, src, src)            # clean, too
     return -EAGAIN
 
 

@@ -13,7 +13,7 @@ from offload.migrate.call import list_add_tail
 from offload.mm.address_space import file_split_stat, fill_slots, filemap_release_folio
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_FAIL_ALL, ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
+    ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
     PG_partially_mapped, PG_private, PG_swapcache, PG_writeback, PG_zone_device, VM_LOCKED, folio_expected_ref_count,
     folio_test_anon, folio_trylock, folio_unlock,
 )
@@ -118,8 +118,8 @@ def split_folio(mem, src):
         mem.mthp_nr_anon[folio.order] -= 1
     else:
         file_split_stat(mem, src)
-    refuses_pieces = mem.others[folio.others].alloc == ALLOC_FAIL_ALL
-    if mem.others[folio.others].alloc == ALLOC_FAIL:    # the allocation failed for the folio whole, not for its head
+    pieces_others = mem.others[folio.others].pieces
+    if folio.others and pieces_others == 0:             # the allocation failed for the folio whole, not for its head
         mem.others[folio.others].alloc = ALLOC_OK
     set_page_orders(mem, src, nr_pages, 0)
     for piece in range(src, src + nr_pages):
@@ -131,7 +131,7 @@ def split_folio(mem, src):
         page.index = folio.index + (piece - src)
         page.cpupid = folio.cpupid
         page.mapcount = page.entire_mapcount = 0
-        page.others = folio.others if piece == src or refuses_pieces else 0
+        page.others = folio.others if piece == src else np.int32(pieces_others)
         page.refcount = np.int32(1 + caches)        # the list's, and those of page cache and swap cache
         if folio.mapping > 0:
             fill_slots(mem, np.int64(folio.mapping), np.int64(page.index), np.int64(1), piece)

@@ -13,8 +13,9 @@ from offload.mm.memmap import (
 )
 from offload.units import HPAGE_PMD_ORDER
 
-__all__ = ("filemap_get_folio", "filemap_add_folio", "filemap_remove_folio", "swap_cache_get_folio", "add_to_swap_cache", "swap_cache_add_folio",
-           "delete_from_swap_cache", "filemap_release_folio", "folio_attach_private", "folio_mark_dirty")
+__all__ = ("filemap_get_folio", "filemap_add_folio", "filemap_remove_folio", "swap_cache_get_folio", "add_to_swap_cache",
+           "swap_cache_add_folio", "delete_from_swap_cache", "filemap_release_folio", "folio_attach_private",
+           "folio_mark_dirty", "folio_clear_dirty")
 
 
 @jit_inline
@@ -81,9 +82,7 @@ def filemap_remove_folio(mem, pfn):
     fill_slots(mem, mapping, np.int64(folio.index), nr_pages, NO_PFN)
     mem.mappings[mapping].nrpages -= nr_pages
     file_stat_add(mem, pfn, np.int64(folio.nid), -nr_pages)
-    if folio.page_flags & PG_dirty and mem.mappings[mapping].kind != MAPPING_SHMEM:
-        mem.nodes[folio.nid].nr_file_dirty -= nr_pages      # folio_account_cleaned()
-        folio.page_flags &= ~PG_dirty
+    folio_clear_dirty(mem, pfn)
     folio.refcount -= nr_pages
     folio.mapping = 0
     folio.index = 0
@@ -178,3 +177,13 @@ def folio_mark_dirty(mem, pfn):
         folio.page_flags |= PG_dirty
         if folio.mapping > 0 and mem.mappings[folio.mapping].kind != MAPPING_SHMEM:
             mem.nodes[folio.nid].nr_file_dirty += np.int64(1) << folio.order
+
+
+@jit
+def folio_clear_dirty(mem, pfn):
+    """The twin of folio_mark_dirty(): the folio has been written out, or is not worth it any more."""
+    folio = mem.folios[pfn]
+    if folio.page_flags & PG_dirty:
+        folio.page_flags &= ~PG_dirty
+        if folio.mapping > 0 and mem.mappings[folio.mapping].kind != MAPPING_SHMEM:
+            mem.nodes[folio.nid].nr_file_dirty -= np.int64(1) << folio.order

@@ -188,7 +188,8 @@ OTHERS_DTYPE = np.dtype([(name, np.int64) for name in (
     "refs_gone_after",              # dropped after this many failed move attempts; -1 never
     "refs_write",                   # their holder writes into the folio right after the batch copy
     "failed_moves",
-    "alloc",                        # ALLOC_OK, ALLOC_FAIL, ALLOC_FAIL_ALL
+    "alloc",                        # target allocations for it: ALLOC_OK, ALLOC_FAIL
+    "pieces",                       # the row of its pieces after a split, if their allocations fail too; 0: they succeed
     "copy_error",                   # reading its bytes meets an uncorrectable memory error
     "poisoned_after_unmap",         # memory_failure() sets PG_hwpoison once it is unmapped
     "unreleasable",                 # its private data cannot be released
@@ -199,7 +200,7 @@ OTHERS_DTYPE = np.dtype([(name, np.int64) for name in (
 """What others do to a folio while a call runs (``locked``, ``extra_refs`` ... of a scenario). Row 0: nothing."""
 
 OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER = 0, 1, 2
-ALLOC_OK, ALLOC_FAIL, ALLOC_FAIL_ALL = 0, 1, 2
+ALLOC_OK, ALLOC_FAIL = 0, 1
 
 SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "rule_set",                     # RULES_*
