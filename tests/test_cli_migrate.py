@@ -111,6 +111,13 @@ class TestLive:
         assert set(result["phases_ns"]) == {"unmap", "flush", "copy", "move"}
         assert 0 < result["blocked_ns"]["p50"] <= result["blocked_ns"]["max"]
 
+    @pytest.mark.parametrize("protocol", ["v4", "flags", "v5", "v6"])
+    def test_protocols(self, child, run, protocol):
+        status, out, err = run("migrate", "--pid", child().pid, "--engine", "batch", "--protocol", protocol, "--json", "-",
+                               "--validate", "--move-all")
+        result = json.loads(out)
+        assert (status, err, result["manifest"]["protocol"]) == (0, [], protocol) and result["verified"]
+
     @needs_frames
     def test_what_is_seen_of_it(self, child, run):
         status, out, _ = run("migrate", "--pid", child().pid, "--json", "-", "--validate")

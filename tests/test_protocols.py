@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 import test_copy_offload
 from conftest import World, on_duty
+from offload.cli import main
 from offload.copy_offload import V5_REASONS
 from offload.errors import Busy, EngineUnavailable, InvalidInput
+from offload.experiment.bench import Bench
+from offload.experiment.config import BenchConfig
 from offload.migrate.pages import Event
 from offload.migrate.state import FOLIO_CONTENT_COPIED
 from offload.migrators.cpu_mt import CpuMt
@@ -470,3 +473,18 @@ class TestHazards:
         assert world.machine.free_pages(1) == free
         assert (world.machine.frames.view(dst[0], 1).tobytes() == world.expected[0][2]) == read
         world.check()
+
+
+class TestCommandLine:
+    """``--protocol`` reaches the machine; a word that is none is one line."""
+
+    @pytest.mark.parametrize("command", [("bench",), ("migrate", "--pid", "self")])
+    def test_no_such_protocol(self, command, capsys):
+        assert main([*command, "--protocol", "v3"]) == 2
+        assert capsys.readouterr().err == "offload: protocol 'v3' is not known; use one of: v6, v5, flags, v4\n"
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_bench(self, protocol):
+        config = BenchConfig.parse(size="2M", orders="0", engines="batch", protocol=protocol)
+        assert f"--protocol {protocol} " in config.command_line()
+        assert Bench(config).machine.offload.protocol == protocol
