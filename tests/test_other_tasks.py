@@ -15,7 +15,6 @@ from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
 from offload.migrators.mc_copy import McCopy
 from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_MIGRATION, PTE_PRESENT, PTE_WRITE
-from offload.mm.process import Process
 from offload.other_tasks import (
     CpuFault, Fork, GupFast, GupSlow, Mprotect, Mremap, Munmap, PageCacheLookup, StaleTlbWrite, entry_at,
 )
@@ -23,7 +22,6 @@ from offload.units import PAGE_SIZE
 from test_migrate_pages import MODES
 
 WINDOW = ("unmapped", "flush", "flushed", "batch_copied", "move", "copied")     # its entries are migration entries
-has_mremap = pytest.mark.skipif(not hasattr(Process, "mremap"), reason="processes have no mprotect and mremap yet")
 
 
 @pytest.fixture
@@ -216,7 +214,6 @@ class TestMunmap:
         world.check()
 
 
-@has_mremap
 class TestMprotect:
     """Taking write access away in the window holds afterwards; anonymous pages stay exclusive."""
 
@@ -242,7 +239,6 @@ class TestMprotect:
         assert entry_at(world.machine.table, world.process.mm, address) & (PTE_PRESENT | PTE_WRITE | PTE_EXCLUSIVE) == PTE_PRESENT
 
 
-@has_mremap
 class TestMremap:
     """mremap() moves the migration entry; it is found at its new address and turned back there."""
 
@@ -374,6 +370,17 @@ class TestOtherTask:
         address, pfn = one(world)
         with pytest.raises(Busy):
             world.migrate([pfn], events=[Event("move", lambda *_: world.process.read(address, 1))])
+        world.check()
+
+    def test_it_cannot_wait(self, world):
+        """What would sleep until the migration is through is Busy; CpuFault waits."""
+        address, pfn = one(world)
+
+        def read(step, pfn):
+            with world.machine.other_task():
+                world.process.read(address, 1)
+        with pytest.raises(Busy, match="is being migrated"):
+            world.migrate([pfn], events=[Event("move", read)])
         world.check()
 
     def test_memory_may_grow_meanwhile(self, world):

@@ -1,9 +1,8 @@
 """Processes: their address space, fork, and reading and writing their memory through the page table.
 
 Stands for struct mm_struct, mm/mmap.c, mm/mprotect.c, mm/mremap.c, mm/madvise.c and mm/msync.c (v7.3) as far as tests and
-tools need them. Leaves out vma merging, growing stacks and limits. A process is used from Python between migrations only;
-what it does during one is an event placed between two steps (migrate/pages.py), which calls the compiled functions that the
-methods here call.
+tools need them. Leaves out vma merging, growing stacks and limits. A process is used from Python between migrations; during
+one, by an event placed between two steps (migrate/pages.py), inside ``machine.other_task()``.
 """
 
 import bisect
