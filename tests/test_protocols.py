@@ -66,7 +66,7 @@ ROWS = {
         ((4, 0, 0), "", ""), ((4, 4, 0), "", LOST), ((4, 3, 0), "", "")),
     "early reference writes, goes after three, SYNC": (
         b(extra_refs=1, extra_refs_gone_after=3, extra_refs_write=True), SYNC,
-        ((4, 0, 0), "", ""), ((5, 5, 1), "", ""), ((4, 3, 0), "", "")),
+        ((4, 0, 0), "", ""), ((5, 5, 1), "", ""), ((4, 4, 0), "", "")),
     "early reference writes, goes after four, SYNC": (
         b(extra_refs=1, extra_refs_gone_after=4, extra_refs_write=True), SYNC,
         ((4, 0, 0), "", ""), ((5, 5, 1), "", ""), ((4, 3, 0), "", "")),
