@@ -12,10 +12,10 @@ __all__ = ("console", "table", "write_json", "json_target")
 
 
 def console(file=None):
-    """A rich console; wide enough for our tables where the output is no terminal."""
+    """A rich console that shows text as it is; wide enough for our tables where the output is no terminal."""
     from rich.console import Console
     file = file or sys.stdout
-    return Console(file=file, width=None if file.isatty() else 160, highlight=False)
+    return Console(file=file, width=None if file.isatty() else 160, highlight=False, markup=False, emoji=False)
 
 
 def table(title, columns, rows, *, right=(), fold=None):

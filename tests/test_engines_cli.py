@@ -182,6 +182,11 @@ class TestCommandLine:
         elif args[0] == "--engines" or args[1] == "pinned,pinned":
             assert "there is a reason" in done.stderr
 
+    def test_brackets_are_shown(self, run, monkeypatch):
+        """As in pip's extras: rich would take them for its own words."""
+        monkeypatch.setattr("offload.kernels.cuda.probe", lambda: Probe("pip install 'x[cuda13]'"))
+        assert run("engines").stdout.count("pip install 'x[cuda13]'") == 4
+
     def test_auto_says_what_it_is(self, run, no_gpu):
         done = run("bench", "--size", "2M", "--orders", "9", "--repeat", "1", "--warmup", "0", "--engines", "auto")
         assert done.returncode == 0 and "\nauto is batch+stream, on the CPU; no GPU engine is available: there is a reason\n" in done.stdout
