@@ -79,7 +79,7 @@ def bench_tables(result):
            f"protocol {manifest['protocol']}, {batch}; {manifest['repeat']} runs after {manifest['warmup']} to warm up, seed {manifest['seed']}")
     yield (f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, thp {manifest['thp']}, "
            f"commit {manifest['git_commit']}")
-    yield from manifest["notes"]
+    yield from manifest.get("notes", ())          # older results have none
     if host:
         yield f"\nGB/s of the whole call, mean±SD; {batch}"
         yield by_size(result, lambda row: spread_text(row["gbps"], 2))
