@@ -708,6 +708,8 @@ def build_folios(mem_table, folios, first, last, runs, data, nid):
             folio.page_flags |= PG_swapbacked
             folio.mapping = np.int32(plan.mapping)
             folio.index = plan.index
+            if folio.order:
+                mem.mthp_nr_anon[folio.order] += 1
         else:
             filemap_add_folio(mem, plan.mapping, pfn, plan.index)
         # 2. its bytes and its mappings
