@@ -280,7 +280,7 @@ def validate_nodes(mem, heads, free):
             counted = weight[which & (row.nid == nid)].sum()
             if counted != mem.nodes[name][nid]:
                 complain(f"{name} of node {nid} is {mem.nodes[name][nid]}, recounted", counted)
-    large = np.bincount(row.order[in_use & (row.mapping < 0) & (row.order > 0)], minlength=len(mem.mthp_nr_anon))
+    large = np.bincount(row.order[(row.mapping < 0) & ~has(PG_hugetlb) & (row.order > 0)], minlength=len(mem.mthp_nr_anon))
     for order in np.flatnonzero(large != mem.mthp_nr_anon):
         complain(f"mthp_nr_anon of order {order} is {mem.mthp_nr_anon[order]}, recounted", large[order])
 
