@@ -345,6 +345,8 @@ class TestFiles:
         address, pfns = huge.huge(2, shared=True)
         assert (huge.folios.refcount[pfns] == 513).all()
         child = huge.process.fork()
+        for page in range(2):
+            child.read(address + page * HUGE, 1)    # fork leaves entries of files to be faulted in
         result = huge.migrate(pfns)
         assert counts(result) == (0, 1024, 0, 2, 0)
         assert huge.machine.node_of(child, address + HUGE) == 1
