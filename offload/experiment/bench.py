@@ -29,17 +29,14 @@ from offload.engines import parse_engine
 from offload.errors import BrokenInvariant
 from offload.experiment.limits import Limits
 from offload.experiment.manifest import host_manifest
-from offload.jit import cache_is_warm, exit_on_interrupt, mark_cache_warm
+from offload.jit import COMPILE_S, cache_is_warm, exit_on_interrupt, mark_cache_warm
 from offload.kernels.cpu import KERNELS
 from offload.machine import Machine, NodeConfig
 from offload.mm.frames import POISON
 from offload.units import HPAGE_PMD_ORDER, PAGE_SIZE, format_size
 
-__all__ = ("run_bench", "Session", "Bench", "Run", "COMPILE_S", "PHASES")
+__all__ = ("run_bench", "Session", "Bench", "Run", "PHASES")
 
-COMPILE_S = 35
-"""About how long compiling takes, in seconds: announced, nothing else. A whole first run of 4 MiB with an empty cache took
-38 s on two cores of a virtual EPYC (Zen 3) with others at work, the second 1.7 s."""
 
 PHASES = ("unmap", "flush", "copy", "move")
 REASON = "syscall_or_cpuset"

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from offload.errors import BrokenInvariant
-from offload.jit import JIT_DISABLED, cache_folder, exit_on_interrupt
+from offload.jit import COMPILE_S, JIT_DISABLED, cache_folder, exit_on_interrupt
 from offload.mm.memmap import FIRST_PFN, PG_locked, PG_writeback
 from offload.syscalls import NOT_WRITTEN
 from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_size
@@ -21,9 +21,6 @@ from offload.workload import snapshot as snap
 from offload.workload.rebuild import KINDS, compare_pages, locate_pages, rebuild
 
 __all__ = ("Moved", "move_process", "result_of", "print_result", "announce_compiling", "progress_bar")
-
-COMPILE_S = 35
-"""About how long compiling takes with an empty cache, in seconds: announced, nothing else."""
 
 MOVED, FAILED, SKIPPED = 0, 1, 2
 OUTCOMES = ("moved", "failed", "skipped")
