@@ -35,8 +35,6 @@ FLAG_BITS = {"STRICT": MPOL_MF_STRICT, "MOVE": MPOL_MF_MOVE, "MOVE_ALL": MPOL_MF
              "INTERNAL": 1 << 4}
 UNKNOWN_FLAG = 1 << 30
 CHUNK = 1024                        # pages whose contents are made at a time
-
-
 WORDS = np.arange(PAGE_SIZE // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -311,8 +309,8 @@ class ProcessLevel:
 
     def pages_of(self, at):
         """(process, area, first page, number of pages) of an address or run of them."""
-        owner, name, first, last = ADDRESS.fullmatch(at).groups()
-        return self.processes[owner], self.areas[owner][name], int(first), int(last or first) - int(first) + 1
+        owner, name, first, _ = ADDRESS.fullmatch(at).groups()
+        return self.processes[owner], self.areas[owner][name], int(first), self.run_length(at)
 
     @staticmethod
     def run_length(at):
@@ -400,16 +398,7 @@ class ProcessLevel:
         """The node of each page, None where nothing, or only the zero page, is mapped."""
         if not process.mm:
             return [None] * len(addresses)
-        nodes = self.machine.mem.nodes
-        found = []
-        for address in addresses:
-            entry = int(page_entries(self.machine, process.mm, int(address) & -PAGE_SIZE, 1)[0])
-            if entry & PTE_PRESENT == 0 or entry & PTE_SPECIAL:
-                found.append(None)
-                continue
-            pfn = entry >> PAGE_SHIFT
-            found.append(int(np.flatnonzero((nodes.start_pfn <= pfn) & (pfn < nodes.start_pfn + nodes.nr_pages))[0]))
-        return found
+        return [self.machine.node_of(process, int(address)) for address in addresses]
 
     def data_ok(self):
         """Whether every page holds the bytes last written to it, and no operation has read others."""

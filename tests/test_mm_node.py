@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import World, make_machine
+from conftest import make_machine
 from offload.errors import InvalidInput, OutOfMemory
 from offload.mm.memmap import FIRST_PFN, LRU_BATCH_SIZE, PG_lru
 from offload.units import PAGE_SIZE

@@ -133,10 +133,10 @@ def count_pages(mem_table, pfns):
 
 
 @jit_entry
-def ticks_to_ns(times, tick_ns):
-    """Turn readings of ticks() into nanoseconds, in place."""
-    for i in range(len(times)):
-        times[i] = np.int64(times[i] * tick_ns)
+def ticks_to_ns(times, tick_ns, out):
+    """Write the first ``len(out)`` spans of ticks() as nanoseconds to ``out``."""
+    for i in range(len(out)):
+        out[i] = np.int64(times[i] * tick_ns)
 
 
 STATS = ("nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split")
@@ -348,8 +348,8 @@ def plain(records):
 
 def make_result(call, wall_ns, cpu_ns, tick_ns):
     c = dict(zip(CALL_DTYPE.names, plain(call.state).tolist()[0]))
-    blocked_ns = call.blocked[:c["nr_blocked"]]
-    ticks_to_ns(blocked_ns, tick_ns)
+    blocked_ns = np.zeros(c["nr_blocked"], np.int64)            # not in place: a result cut off by Ctrl-C is made again
+    ticks_to_ns(call.blocked, tick_ns, blocked_ns)
     first, nr = plain(call.lists)[L_RET].tolist()
     return MigrateResult(
         rc=c["rc"], mode=MigrateMode(c["mode"]), reason=MigrateReason(c["reason"]),

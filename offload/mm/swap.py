@@ -22,7 +22,7 @@ from offload.mm.node import (
     folio_add_lru, folio_isolate_lru, folio_maybe_dma_pinned, folio_put, lru_add_drain,
 )
 from offload.mm.pagetable import (
-    PMD_SIZE, PTE_EXCLUSIVE, PTE_HUGE, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_UFFD_WP, PTRS, add_rss, folio_mapped_by_others,
+    PTE_EXCLUSIVE, PTE_HUGE, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_UFFD_WP, add_rss, folio_mapped_by_others,
     folio_remove_rmap, pte_pfn, rmap_first, rmap_next, rmap_vma, split_pmd, vma_address, walk_pmd, walk_pte,
 )
 from offload.units import PAGE_SHIFT, PAGE_SIZE

@@ -117,7 +117,6 @@ def queue_pages_range(machine, process, start, end, nodes, flags, chunks):
     if not inside:
         return -EFAULT
     counts = np.zeros(4, np.int64)
-    nr_failed = 0
     for at in inside:
         if not flags & MPOL_MF_DISCONTIG_OK:
             if at == inside[0] and start < starts[at]:
