@@ -22,6 +22,7 @@ MOST_DESCRIPTORS = 4096
 CUDA_SUCCESS = 0
 CUDA_ERROR_NOT_READY = 600
 CU_STREAM_NON_BLOCKING = 1
+CU_EVENT_DEFAULT = 0
 CU_EVENT_DISABLE_TIMING = 2
 CU_MEMHOSTALLOC_PORTABLE = 1
 CU_MEMHOSTALLOC_DEVICEMAP = 2
@@ -53,6 +54,7 @@ FUNCTIONS = {
     "cuEventCreate": (_pointer, _flags),
     "cuEventRecord": (_handle, _handle),
     "cuEventQuery": (_handle,),
+    "cuEventElapsedTime": (_pointer, _handle, _handle),
     "cuEventDestroy_v2": (_handle,),
     "cuModuleLoadData": (_pointer, _pointer),
     "cuModuleUnload": (_handle,),
@@ -166,8 +168,8 @@ class Driver:
     def stream(self):
         return self._made("cuStreamCreate", CU_STREAM_NON_BLOCKING)
 
-    def event(self):
-        return self._made("cuEventCreate", CU_EVENT_DISABLE_TIMING)
+    def event(self, *, timing=False):
+        return self._made("cuEventCreate", CU_EVENT_DEFAULT if timing else CU_EVENT_DISABLE_TIMING)
 
     def event_is_over(self, event):
         """Whether all that was queued before the event was recorded has ended; CudaError if it failed."""
@@ -175,6 +177,10 @@ class Driver:
         if code not in (CUDA_SUCCESS, CUDA_ERROR_NOT_READY):
             raise self.error("cuEventQuery", code)
         return code == CUDA_SUCCESS
+
+    def elapsed_ns(self, start, stop):
+        """Device time between two events that are over, made with ``timing``: ns, told in steps of about 500."""
+        return round(self._made("cuEventElapsedTime", start, stop, kind=ctypes.c_float) * 1e6)
 
     def memcpy_batch_async(self, dst, src, nbytes, stream, *, overlap=False):
         """One cuMemcpyBatchAsync: arrays of addresses and sizes, uint64 and contiguous, MOST_DESCRIPTORS at most.

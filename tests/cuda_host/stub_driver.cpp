@@ -14,6 +14,7 @@
 #include <functional>
 #include <mutex>
 #include <new>
+#include <type_traits>
 
 #ifdef HAVE_CUDA_H
 #include <cuda.h>       // then the compiler compares the signatures
@@ -28,7 +29,7 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 struct CUmemLocation { int type, id; };
 struct CUmemcpyAttributes { int srcAccessOrder; CUmemLocation srcLocHint, dstLocHint; unsigned int flags; };
-enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_INVALID_CONTEXT = 201,
+enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_INVALID_HANDLE = 400,
        CUDA_ERROR_NOT_FOUND = 500, CUDA_ERROR_NOT_READY = 600, CUDA_ERROR_LAUNCH_FAILED = 719 };
 #endif
 
@@ -41,12 +42,14 @@ enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY 
 struct stub_state {
 	// Set: numbers of a copy, launch, allocation or executed copy at which it fails, -1 for never.
 	int64_t cap, fail_copy, fail_launch, fail_alloc, lose_at, no_batch, version, corrupt;
+	// The stub's device time: ns for each copy that is executed, for each launch, and ps for each byte of either.
+	int64_t ns_copy, ns_launch, ps_byte;
 	// Read.
-	int64_t batch_calls, most_descriptors, copies, executed, launches, allocs, frees, streams, events, flags, blocks, threads, lost;
+	int64_t batch_calls, most_descriptors, copies, executed, launches, allocs, frees, streams, events, flags, blocks, threads, lost, device_ns, bytes;
 };
 extern "C" {
-__attribute__((visibility("default"))) stub_state stub = {1 << 20, -1, -1, -1, -1, 0, 12080, 0,
-							   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+__attribute__((visibility("default"))) stub_state stub = {1 << 20, -1, -1, -1, -1, 0, 12080, 0, 0, 0, 0,
+							   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }
 
 static std::recursive_mutex lock;
@@ -56,7 +59,7 @@ static thread_local CUcontext current;
 #define ENTER_CONTEXT ENTER; if (current != context) return CUDA_ERROR_INVALID_CONTEXT
 
 struct CUstream_st { std::deque<std::function<void()>> queue; };
-struct CUevent_st { CUstream stream; bool over, asked; };
+struct CUevent_st { CUstream stream; bool over, asked, timing, recorded; int64_t at; };
 
 static void run(CUstream stream)
 {
@@ -67,8 +70,15 @@ static void run(CUstream stream)
 	}
 }
 
+static void spend(int64_t ns, size_t size)
+{
+	stub.bytes += size;
+	stub.device_ns += ns + stub.ps_byte * int64_t(size) / 1000;
+}
+
 static void copy(CUdeviceptr dst, CUdeviceptr src, size_t size)
 {
+	spend(stub.ns_copy, size);
 	if (stub.lose_at == stub.executed++) {
 		stub.lost = 1;
 		return;
@@ -152,10 +162,12 @@ EXPORT cuStreamDestroy_v2(CUstream stream)
 	return CUDA_SUCCESS;
 }
 
-EXPORT cuEventCreate(CUevent *made, unsigned int)
+EXPORT cuEventCreate(CUevent *made, unsigned int flags)
 {
 	ENTER_CONTEXT;
-	*made = new CUevent_st{nullptr, true, false};
+	if (flags != 0 && flags != 2)
+		return CUDA_ERROR_INVALID_VALUE;
+	*made = new CUevent_st{nullptr, true, false, !flags, false, 0};
 	stub.events++;
 	return CUDA_SUCCESS;
 }
@@ -165,8 +177,8 @@ EXPORT cuEventRecord(CUevent event, CUstream stream)
 	ENTER_CONTEXT;
 	if (!stream)
 		return CUDA_ERROR_INVALID_VALUE;
-	*event = CUevent_st{stream, false, false};
-	stream->queue.push_back([event] { event->over = true; });
+	*event = CUevent_st{stream, false, false, event->timing, true, 0};
+	stream->queue.push_back([event] { event->over = true; event->at = stub.device_ns; });
 	return CUDA_SUCCESS;
 }
 
@@ -185,6 +197,23 @@ EXPORT cuEventQuery(CUevent event)
 		next();
 	}
 	return stub.lost ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
+}
+
+// In the stub's own time, which stands still but for what is executed.
+#ifdef cuEventElapsedTime
+#undef cuEventElapsedTime
+EXPORT cuEventElapsedTime(float *ms, CUevent start, CUevent stop);
+static_assert(std::is_same<decltype(&cuEventElapsedTime), decltype(&cuEventElapsedTime_v2)>::value, "");
+#endif
+EXPORT cuEventElapsedTime(float *ms, CUevent start, CUevent stop)
+{
+	ENTER_CONTEXT;
+	if (!start->timing || !stop->timing || !start->recorded || !stop->recorded)
+		return CUDA_ERROR_INVALID_HANDLE;
+	if (!start->over || !stop->over)
+		return CUDA_ERROR_NOT_READY;
+	*ms = float(double(stop->at - start->at) / 1e6);
+	return CUDA_SUCCESS;
 }
 
 EXPORT cuEventDestroy_v2(CUevent event) { delete event; stub.events--; return CUDA_SUCCESS; }
@@ -262,6 +291,7 @@ EXPORT cuLaunchKernel(CUfunction function, unsigned int blocks, unsigned int blo
 	folio_pair *pairs = *static_cast<folio_pair **>(arguments[2]);
 	folio_batch batch = *static_cast<folio_batch *>(arguments[3]);
 	stream->queue.push_back([=] {
+		spend(stub.ns_launch, size_t(batch.first_item[MAX_ORDER + 1]) << PAGE_SHIFT);
 		gridDim.x = blocks;
 		blockDim.x = threads;
 		for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
