@@ -22,6 +22,8 @@ MOST_DESCRIPTORS = 4096
 CUDA_SUCCESS = 0
 CUDA_ERROR_NOT_READY = 600
 CU_STREAM_NON_BLOCKING = 1
+CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
+CU_MEMORYTYPE_DEVICE = 2
 CU_EVENT_DEFAULT = 0
 CU_EVENT_DISABLE_TIMING = 2
 CU_MEMHOSTALLOC_PORTABLE = 1
@@ -47,6 +49,7 @@ FUNCTIONS = {
     "cuMemFree_v2": (_word,),
     "cuMemHostAlloc": (_pointer, ctypes.c_size_t, _flags),
     "cuMemFreeHost": (_pointer,),
+    "cuPointerGetAttribute": (_pointer, _number, _word),
     "cuMemcpyAsync": (_word, _word, ctypes.c_size_t, _handle),
     "cuStreamCreate": (_pointer, _flags),
     "cuStreamSynchronize": (_handle,),
@@ -162,6 +165,12 @@ class Driver:
     def host_alloc(self, nbytes):
         """Page-locked memory that host and device reach at the same address."""
         return self._made("cuMemHostAlloc", nbytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP)
+
+    def on_device(self, address):
+        """Whether ``address`` lies in device memory; what the driver does not know is ordinary host memory."""
+        kind = _flags()
+        code = self.functions["cuPointerGetAttribute"](ctypes.byref(kind), CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
+        return code == CUDA_SUCCESS and kind.value == CU_MEMORYTYPE_DEVICE
 
     # Queueing. A stream of one's own always: the legacy stream would wait for all others.
 

@@ -27,7 +27,7 @@ class StubState(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "cap", "fail_copy", "fail_launch", "fail_alloc", "lose_at", "no_batch", "version", "corrupt", "ns_copy", "ns_launch", "ps_byte",
         "batch_calls", "most_descriptors", "copies", "executed", "launches", "allocs", "frees", "streams", "events", "flags",
-        "blocks", "threads", "lost", "device_ns", "bytes")]
+        "blocks", "threads", "lost", "device_ns", "bytes", "async_calls")]
 
 
 def cuda_include():

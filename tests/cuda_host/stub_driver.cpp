@@ -12,6 +12,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <new>
 #include <type_traits>
@@ -19,7 +21,7 @@
 #ifdef HAVE_CUDA_H
 #include <cuda.h>       // then the compiler compares the signatures
 #else
-typedef int CUresult, CUdevice, CUdevice_attribute, CUdriverProcAddressQueryResult;
+typedef int CUresult, CUdevice, CUdevice_attribute, CUpointer_attribute, CUdriverProcAddressQueryResult;
 typedef unsigned long long CUdeviceptr;
 typedef unsigned long long cuuint64_t;
 typedef struct CUctx_st *CUcontext;
@@ -45,11 +47,11 @@ struct stub_state {
 	// The stub's device time: ns for each copy that is executed, for each launch, and ps for each byte of either.
 	int64_t ns_copy, ns_launch, ps_byte;
 	// Read.
-	int64_t batch_calls, most_descriptors, copies, executed, launches, allocs, frees, streams, events, flags, blocks, threads, lost, device_ns, bytes;
+	int64_t batch_calls, most_descriptors, copies, executed, launches, allocs, frees, streams, events, flags, blocks, threads, lost, device_ns, bytes, async_calls;
 };
 extern "C" {
 __attribute__((visibility("default"))) stub_state stub = {1 << 20, -1, -1, -1, -1, 0, 12080, 0, 0, 0, 0,
-							   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+							   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }
 
 static std::recursive_mutex lock;
@@ -115,6 +117,8 @@ EXPORT cuDevicePrimaryCtxRetain(CUcontext *made, CUdevice device)
 EXPORT cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 EXPORT cuCtxSetCurrent(CUcontext wanted) { current = wanted; return CUDA_SUCCESS; }
 
+static std::map<uintptr_t, size_t> device_memory;       // where each piece begins, and its size
+
 static CUresult allocate(void **made, size_t size)
 {
 	if (stub.fail_alloc == stub.allocs++ || !size)
@@ -131,8 +135,34 @@ static CUresult release(void *memory)
 	return CUDA_SUCCESS;
 }
 
-EXPORT cuMemAlloc_v2(CUdeviceptr *made, size_t size) { ENTER_CONTEXT; return allocate(reinterpret_cast<void **>(made), size); }
-EXPORT cuMemFree_v2(CUdeviceptr memory) { return release(reinterpret_cast<void *>(memory)); }
+EXPORT cuMemAlloc_v2(CUdeviceptr *made, size_t size)
+{
+	ENTER_CONTEXT;
+	CUresult result = allocate(reinterpret_cast<void **>(made), size);
+	if (result == CUDA_SUCCESS)
+		device_memory[*made] = size;
+	return result;
+}
+
+EXPORT cuMemFree_v2(CUdeviceptr memory)
+{
+	std::lock_guard<std::recursive_mutex> guard(lock);
+	device_memory.erase(memory);
+	return release(reinterpret_cast<void *>(memory));
+}
+
+EXPORT cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address)
+{
+	ENTER_CONTEXT;
+	if (attribute != 2)
+		return CUDA_ERROR_INVALID_VALUE;
+	auto next = device_memory.upper_bound(address);
+	bool found = next != device_memory.begin() && address < std::prev(next)->first + std::prev(next)->second;
+	*static_cast<unsigned int *>(value) = found ? 2 : 1;
+	// Host memory that no call has pinned is not known to it; here nobody keeps account of that.
+	return CUDA_SUCCESS;
+}
+
 EXPORT cuMemHostAlloc(void **made, size_t size, unsigned int) { ENTER_CONTEXT; return allocate(made, size); }
 EXPORT cuMemFreeHost(void *memory) { return release(memory); }
 
@@ -221,6 +251,7 @@ EXPORT cuEventDestroy_v2(CUevent event) { delete event; stub.events--; return CU
 EXPORT cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t size, CUstream stream)
 {
 	ENTER_CONTEXT;
+	stub.async_calls++;
 	if (!stream || !dst || !src || !size || stub.fail_copy == stub.copies++)
 		return CUDA_ERROR_INVALID_VALUE;
 	stream->queue.push_back([=] { copy(dst, src, size); });

@@ -1,0 +1,204 @@
+"""How long the engines of a GPU take for one batch, and what the device gives at most: events, clocks and nothing else.
+
+Three times, as a copy has three prices: what the CPU pays to queue it, how long the device is at it, and how long the
+caller waits in all. Ceilings are single large copies, measured as the device sees them. What a batch is made of, and
+whether its bytes arrived, is the caller's business (offload/experiment/alone.py).
+
+GB/s everywhere are payload: each byte copied counts once, where figures of memory bandwidth often count it twice.
+"""
+
+import contextlib
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from offload.errors import EngineUnavailable, OutOfMemory
+from offload.kernels.base import DMA_TRANS_NOERROR, FRAME_SIZE, CopyPlan
+from offload.kernels.cuda_driver import CudaError
+from offload.kernels.cuda_engines import PinnedMemory
+from offload.kernels.cuda_plan import split_evenly
+from offload.units import format_size
+
+__all__ = ("BatchTimes", "CudaTimer", "DeviceMemory", "measure_ceilings", "CEILINGS")
+
+_FOR_EVER_NS = 1 << 62
+STAGING_FRAMES = (32 << 20) // FRAME_SIZE
+
+
+class BatchTimes(NamedTuple):
+    """Of one batch, ns. ``plan_ns``: merging or sorting, and the list into its pinned buffer; None where the list was there
+    already. ``submit_ns``: queueing, two events a channel among it. ``device_ns``: by events, from the first channel's start
+    to the last one's end. ``whole_ns``: from the plan, or else from the first call, to the last completion."""
+
+    plan_ns: int | None
+    submit_ns: int
+    device_ns: int
+    whole_ns: int
+
+
+class CudaTimer:
+    """Times batches on the channels of a CudaProvider, split over them as CudaBackend does. close() when done.
+
+    ``clock`` gives ns. The provider stays its owner's.
+    """
+
+    def __init__(self, provider, clock=time.perf_counter_ns):
+        self.provider, self.clock = provider, clock
+        self._events = []
+
+    def close(self):
+        for event in self._events:
+            self.provider.device.quietly("cuEventDestroy_v2", event)
+        self._events = []
+
+    def run(self, plan, done, *, resident=False):
+        """Carry out ``plan`` once: its BatchTimes. ``done`` as for CopyBackend.copy().
+
+        ``resident``: cuda-kernel's list is made and on the device before the clock starts. EngineUnavailable if the device
+        is out of service or refuses.
+        """
+        device = self.provider.device
+        channels = [self.provider.alloc_chan_resources(number) for number in range(self.provider.nr_chans)]
+        if any(isinstance(channel, int) for channel in channels):
+            raise EngineUnavailable(f"{self.provider.name} cannot be timed: {device.fault}")
+        result = np.zeros(plan.nr_folios, np.uint8)
+        shares = split_evenly(plan.nr_folios, len(channels))
+        starts, stops = self._two_events_each(len(channels))
+        try:
+            started = self.clock()
+            batches = [self._prepare(channel, plan, result, share) for channel, share in zip(channels, shares)]
+            planned = self.clock()
+            if resident:
+                self._upload(channels, batches)
+                started = planned = self.clock()
+            for channel, batch, start, stop in zip(channels, batches, starts, stops):
+                if channel.submit(batch):
+                    raise EngineUnavailable(f"{self.provider.name} refuses the batch: {device.fault}")
+                device.driver("cuEventRecord", start, channel.stream)
+                channel.issue_pending()
+                device.driver("cuEventRecord", stop, channel.stream)
+            submitted = self.clock()
+            for channel, batch in zip(channels, batches):
+                channel.wait(batch, _FOR_EVER_NS)
+            ended = self.clock()
+            for channel in channels:
+                device.driver("cuStreamSynchronize", channel.stream)
+            device_ns = max(device.driver.elapsed_ns(starts[0], stop) for stop in stops)
+        except CudaError as error:
+            device.fail(self.provider.name, error)
+            raise EngineUnavailable(f"{self.provider.name} cannot be timed: {error}") from None
+        finally:
+            for channel in channels:
+                channel.free_chan_resources()
+        done[:] = result == DMA_TRANS_NOERROR
+        return BatchTimes(None if resident else planned - started, submitted - planned, device_ns, ended - started)
+
+    def _prepare(self, channel, plan, result, share):
+        part = CopyPlan(plan.dst_base, plan.src_base, *(array[slice(*share)] for array in plan[2:]))
+        batch = channel.prep_dma_memcpy(part, result[slice(*share)], "each")
+        if batch is None:
+            raise EngineUnavailable(f"{self.provider.name} refuses the batch: {self.provider.device.fault}")
+        return batch
+
+    def _upload(self, channels, batches):
+        for channel, batch in zip(channels, batches):
+            channel.way.upload(batch)
+            channel.driver("cuStreamSynchronize", channel.stream)
+
+    def _two_events_each(self, nr_channels):
+        device = self.provider.device
+        device.enter()
+        while len(self._events) < 2 * nr_channels:
+            self._events.append(device.driver.event(timing=True))
+        return self._events[0:2 * nr_channels:2], self._events[1:2 * nr_channels:2]
+
+
+class DeviceMemory:
+    """Frames in device memory, reached through a small pinned buffer. OutOfMemory if there is no room.
+
+    ``base`` is the address of frame 0; ``put`` and ``get`` copy rows of 4096 bytes in and out, and wait for it.
+    """
+
+    def __init__(self, device, nr_frames):
+        self.device, self.nbytes = device, nr_frames * FRAME_SIZE
+        self.base = self._staging = self._stream = None
+        device.enter()
+        try:
+            self.base = device.driver.alloc(self.nbytes)
+            self._staging = PinnedMemory(device, min(nr_frames, STAGING_FRAMES) * FRAME_SIZE)
+            self._stream = device.driver.stream()
+        except CudaError as error:
+            self.close()
+            raise OutOfMemory(f"no room for {format_size(self.nbytes)} on {device.name} ({error}); use a smaller --size") from None
+
+    def put(self, frame, rows):
+        """Write uint8 ``rows`` (n, 4096) to the frames from ``frame`` on."""
+        staging = self._staging.view().reshape(-1, FRAME_SIZE)
+        for at in range(0, len(rows), len(staging)):
+            part = rows[at:at + len(staging)]
+            staging[:len(part)] = part
+            self._copy(self.base + (frame + at) * FRAME_SIZE, self._staging.address, part.nbytes)
+
+    def get(self, frame, nr):
+        """The bytes of ``nr`` frames, at most STAGING_FRAMES: rows that are good until the next call."""
+        self._copy(self._staging.address, self.base + frame * FRAME_SIZE, nr * FRAME_SIZE)
+        return self._staging.view()[:nr * FRAME_SIZE].reshape(nr, FRAME_SIZE)
+
+    def _copy(self, dst, src, nbytes):
+        self.device.enter()
+        self.device.driver("cuMemcpyAsync", dst, src, nbytes, self._stream)
+        self.device.driver("cuStreamSynchronize", self._stream)
+
+    def close(self):
+        """Give it all back. Twice is once."""
+        self.device.enter_quietly()
+        if self._stream:
+            self.device.quietly("cuStreamDestroy_v2", self._stream)
+        if self._staging:
+            self._staging.close()
+        if self.base:
+            self.device.quietly("cuMemFree_v2", self.base)
+        self.base = self._staging = self._stream = None
+
+
+# Ceilings.
+
+CEILINGS = {"device,device": (("device", "device"),), "pinned,device": (("pinned", "device"),),
+            "device,pinned": (("device", "pinned"),), "both ways": (("pinned", "device"), ("device", "pinned"))}
+"""The large copies behind each: (from, to), each on a stream of its own."""
+
+
+def measure_ceilings(device, memory, nbytes, repeat):
+    """What large cuMemcpyAsync calls give, as the device sees it: {name of CEILINGS: {bytes, device_ns, gbps}}.
+
+    ``memory[kind]`` are the addresses of two pieces of ``nbytes``, "device" and "pinned" alike: a copy goes from the first
+    of one to the second of the other. Each is made once to warm up, then ``repeat`` times. ``gbps`` is the median, payload,
+    of both directions together where there are two. CudaError for what the driver refuses.
+    """
+    device.enter()
+    driver = device.driver
+    with contextlib.ExitStack() as held:
+        streams, events = [], []
+        for _ in range(2):
+            streams.append(driver.stream())
+            held.callback(device.quietly, "cuStreamDestroy_v2", streams[-1])
+        for _ in range(4):
+            events.append(driver.event(timing=True))
+            held.callback(device.quietly, "cuEventDestroy_v2", events[-1])
+        out = {}
+        for name, copies in CEILINGS.items():
+            samples = []
+            for _ in range(1 + repeat):
+                for (src, dst), stream, start, stop in zip(copies, streams, events[:2], events[2:]):
+                    driver("cuEventRecord", start, stream)
+                    driver("cuMemcpyAsync", memory[dst][1], memory[src][0], nbytes, stream)
+                    driver("cuEventRecord", stop, stream)
+                for stream in streams:
+                    driver("cuStreamSynchronize", stream)
+                samples.append(max(driver.elapsed_ns(events[0], stop) for _, stop in zip(copies, events[2:])))
+            median = statistics.median(samples[1:])
+            out[name] = {"bytes": nbytes * len(copies), "device_ns": samples[1:],
+                         "gbps": nbytes * len(copies) / median if median else None}
+        return out
