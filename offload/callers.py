@@ -304,8 +304,13 @@ def migrate_longterm_unpinnable_folios(machine, folios, *, events=()):
 # --- DAMON (mm/damon/ops-common.c) ----------------------------------------------------------------------------
 
 def damon_migrate_folio_list(machine, folios, nid, *, events=()):
-    """Move hot or cold folios to ``nid`` as a DAMOS scheme says; cpusets and policies do not matter. ``ret``: pages moved."""
+    """Move hot or cold folios to ``nid`` as a DAMOS scheme says; cpusets and policies do not matter. ``ret``: pages moved.
+
+    Those that are there already are passed over.
+    """
     machine.check_nid(nid)
+    folios = np.ascontiguousarray(folios, np.int64)
+    folios = folios[machine.mem.folios.nid[folios] != nid]
     _, calls = migrate_list(machine, folios, TargetControl(nid, nmask=everywhere(machine)), MIGRATE_ASYNC, MR_DAMON, events)
     return CallerResult(sum(call.stats["nr_succeeded"] for call in calls), calls)
 

@@ -18,8 +18,8 @@ from offload.migrate.pages import check_events, finish_call, migrate_pages
 from offload.mm.frames import Frames
 from offload.mm.memmap import (
     ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
-    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NO_PFN, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_ksm, PG_lru,
-    PG_movable_ops, PG_reserved, PLACE_HOST, PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
+    MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NO_PFN, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_ksm, PG_locked, PG_lru,
+    PG_movable_ops, PG_movable_ops_isolated, PG_reserved, PLACE_HOST, PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
     Memory, page_folio, records, unpack, zeros,
 )
 from offload.mm.fault import lookup_page
@@ -344,10 +344,11 @@ class Machine:
         return pfns
 
     def tell(self, outcomes):
-        """Write outcomes told beforehand (0 or negative errnos) where Memory.others can point: (first, how many)."""
-        first = len(self.mem.scripts)
-        self._set_mem(self.mem._replace(scripts=np.concatenate((self.mem.scripts, np.array(outcomes, np.int64)))))
-        return first, len(outcomes)
+        """Write a script of outcomes told beforehand (0 or negative errnos; one at least): what Memory.others calls it."""
+        script = len(self.mem.scripts)
+        self._set_mem(self.mem._replace(scripts=np.concatenate(
+            (self.mem.scripts, np.array([len(outcomes), *reversed(outcomes)], np.int64)))))
+        return script
 
     # --- migration --------------------------------------------------------------------------------------------
 
@@ -449,28 +450,29 @@ class Machine:
         nr_done = np.zeros(1, np.int64)
         if isolated is not None:
             isolated += folios, nr_done
-        nr = self._isolate_owned(folios)
-        nr = isolate_folios(self.table, folios[:nr], nr_done)
+        nr = 0
+        for i, owner, pfn in self._owned(folios):
+            nr = isolate_folios(self.table, folios, nr, i, nr_done)
+            taken = self.mem.folios.page_flags[pfn] & (PG_locked | PG_movable_ops_isolated)
+            if nr < i or taken or not owner.isolate_page(pfn):
+                break
+            nr = isolate_folios(self.table, folios, i, i + 1, nr_done)
+        else:
+            nr = isolate_folios(self.table, folios, nr, len(folios), nr_done)
         if nr < len(folios):
             nr_done[0] = 0
             self.putback(folios[:nr])
-            raise InvalidInput(f"folio {folios[nr]} cannot be isolated: it is on no LRU (free, named twice, or a tail page)")
+            raise InvalidInput(f"folio {folios[nr]} cannot be isolated: it is on no LRU (free, named twice, or a tail page), or "
+                               f"its owner does not give it")
         return folios
 
     def _owned(self, folios):
-        """(owner, pfn) of those folios that a Python owner moves."""
+        """(position, owner, pfn) of those folios that a Python owner moves."""
         if len(self.owners) <= TOLD_OWNER + 1:
             return []
         row = self.mem.folios[folios]
         owned = np.flatnonzero((row.page_flags & PG_movable_ops != 0) & (row.private > TOLD_OWNER))
         return [(i, self.owners[row.private[i]], int(folios[i])) for i in owned]
-
-    def _isolate_owned(self, folios):
-        """Ask owners for their pages; how many folios there are before the first that an owner does not give."""
-        for i, owner, pfn in self._owned(folios):
-            if not owner.isolate_page(pfn):
-                return i
-        return len(folios)
 
     def putback(self, folios):
         """Give isolated folios back to their LRU, or to their owner (putback_movable_pages())."""
@@ -680,10 +682,13 @@ def unchain(heads, head, first, links, following, which):
 # --- entries into compiled code -------------------------------------------------------------------------------
 
 @jit_entry
-def isolate_folios(mem_table, pfns, nr_done):
-    """Isolate folios with NR_ISOLATED, in order, up to the first that cannot be; returns how many were, also in ``nr_done``."""
+def isolate_folios(mem_table, pfns, first, last, nr_done):
+    """Isolate folios ``first`` .. ``last - 1`` with NR_ISOLATED, in order, up to one that cannot be: its position, else ``last``.
+
+    ``nr_done`` gets that too, while it runs.
+    """
     mem = unpack(mem_table)
-    for i in range(len(pfns)):
+    for i in range(first, last):
         nr_done[0] = i
         if i + 16 < len(pfns):
             prefetch_record(mem.folios, pfns[i + 16])
@@ -695,8 +700,8 @@ def isolate_folios(mem_table, pfns, nr_done):
             continue
         if not isolate_folio(mem, pfns[i]):
             return i
-    nr_done[0] = len(pfns)
-    return len(pfns)
+    nr_done[0] = last
+    return last
 
 
 @jit_entry

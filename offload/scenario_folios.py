@@ -243,14 +243,15 @@ class FolioLevel:
             "poisoned_after_unmap": given.get("hwpoison") == "after_unmap"}
         for key in ("callback", "split"):
             if key in given:
-                fields[key], fields[key + "_left"] = self.machine.tell(
-                    [0 if outcome == "ok" else -errno_value(outcome) for outcome in given[key]])
+                fields[key] = self.machine.tell([0 if outcome == "ok" else -errno_value(outcome) for outcome in given[key]])
         if not any(fields.values()):
             return
-        if given.get("alloc") == "fail_all":
+        if folio_order(given) and ("callback" in given or given.get("alloc") == "fail_all"):
             fields["pieces"] = self.machine.new_row("others")
-            self.machine.mem.others[fields["pieces"]].alloc = ALLOC_FAIL
-            self.machine.mem.others[fields["pieces"]].refs_gone_after = -1
+            pieces = self.machine.mem.others[fields["pieces"]]
+            pieces.alloc = ALLOC_FAIL if given.get("alloc") == "fail_all" else ALLOC_OK
+            pieces.callback = fields.get("callback", 0)         # of the same owner: one script for all of them
+            pieces.refs_gone_after = -1
         row = self.machine.new_row("others")        # may replace the array: mem is looked up again below
         mem = self.machine.mem
         others = mem.others[row]

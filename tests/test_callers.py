@@ -308,6 +308,12 @@ class TestDamon:
         assert world.where(address, 4) == [1, 1, 2, 0]
         world.check()
 
+    def test_those_that_are_there_stay(self, world):
+        there = world.pfns(2, nid=1)
+        result = damon_migrate_folio_list(world.machine, [*there, *world.pfns(1)], 1)
+        assert result.ret == 1 and world.folios.refcount[there].tolist() == [1, 1]
+        world.check()
+
 
 class TestContigRange:
     def test_clears(self, world):

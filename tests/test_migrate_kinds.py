@@ -343,6 +343,24 @@ class TestSplit:
         assert result["left"] == ["f0/1", "f0/2", "f0/3", "f0/0", "f1/1", "f1/2", "f1/3", "f1/0"]
         assert [result["folios"][f"f0/{i}"]["refcount"] for i in range(4)] == [3, 2, 2, 2]
 
+    @pytest.mark.parametrize("callback, left", [(["EBUSY"], ["f0/1", "f0/2", "f0/3", "f0/0"]), (["EBUSY", "ok"], ["f0/1"])])
+    def test_pieces_have_the_same_owner(self, callback, left):
+        """A script of the callback's outcomes goes on from piece to piece, in list order."""
+        level, result = run({"kind": "file", "order": 2, "alloc": "fail", "callback": callback})
+        assert result["left"] == left
+
+    def test_a_zero_page_keeps_the_mark_of_userfaultfd(self):
+        world = World()
+        address = world.process.mmap(4 * PAGE_SIZE, order=2)
+        world.process.write(address, b"x")
+        world.process.uffd_wp(address, 4 * PAGE_SIZE)
+        world.machine.fragment(1, 0)
+        assert world.process.move(address, 4 * PAGE_SIZE, 1).total("nr_split") == 1
+        assert world.machine.node_of(world.process, address + PAGE_SIZE) is None, "a zero page"
+        with pytest.raises(WouldHang, match="userfaultfd"):
+            world.process.write(address + PAGE_SIZE, b"x")
+        world.check()
+
     def test_each_attempt_has_its_outcome(self):
         """Two destinations too many: the attempts of a long-term pin until the third."""
         folio = {"order": 2, "alloc": "fail", "split": ["EAGAIN", "EAGAIN", "ok"]}
@@ -475,7 +493,7 @@ class TestOwners:
 
     def test_does_not_let_it_be_isolated(self):
         world, owner = self.setup(False)
-        with pytest.raises(InvalidInput, match="cannot be isolated"):
+        with pytest.raises(InvalidInput, match="its owner does not give it"):
             world.migrate([*world.pfns(1), *world.pages])
         world.check()
 
@@ -487,6 +505,23 @@ class TestOwners:
         with pytest.raises(error) as raised:
             world.migrate([*world.pfns(2), *world.pages, *world.pfns(1)])
         assert raised.value.result.left.tolist() == world.pages.tolist()
+        world.check()
+
+    def test_given_back_if_another_folio_cannot_be_isolated(self):
+        """A page is asked for when its turn comes: those before the folio that fails go back to their owner, none after it is asked."""
+        world, owner = self.setup(nr=3)
+        first, second, third = world.pages
+        folio = world.pfns(1)[0]
+        with pytest.raises(InvalidInput, match=f"folio {folio} cannot be isolated"):
+            world.migrate([first, folio, second, folio, third])
+        assert owner.asked == [("isolate", first), ("isolate", second), ("putback", first), ("putback", second)]
+        world.check()
+
+    def test_named_twice(self):
+        world, owner = self.setup()
+        with pytest.raises(InvalidInput, match="cannot be isolated"):
+            world.migrate([*world.pages, *world.pages])
+        assert owner.asked == [("isolate", world.pages[0]), ("putback", world.pages[0])]
         world.check()
 
     def test_isolated_once(self):

@@ -34,7 +34,7 @@ from offload.mm.movable_ops import TOLD_OWNER, copy_movable_ops_page, hand_over_
 from offload.mm.node import (
     deferred_split_folio, folio_add_lru, folio_put, folio_unqueue_deferred_split, lru_add_drain,
 )
-from offload.mm.others import NOT_TOLD, told_callback, wait_for_buffers
+from offload.mm.others import NOT_TOLD, told, wait_for_buffers
 from offload.mm.pagetable import remove_migration_ptes
 from offload.units import (
     EAGAIN, EBUSY, EHWPOISON, EOPNOTSUPP, MIGRATE_ASYNC, MIGRATE_SYNC, MIGRATE_SYNC_LIGHT, PAGE_SIZE, RULES_6_12, RULES_MM_NEXT,
@@ -271,9 +271,9 @@ def call_migrate_callback(mem, call, src):
         return -EOPNOTSUPP
     if mapping.aops == AOPS_NONE:
         return fallback_migrate_folio(mem, call, src)
-    told = told_callback(mem, src)
-    if told < 0:
-        return told
+    rc = told(mem, mem.others[mem.folios[src].others].callback)
+    if rc < 0:
+        return rc
     if mapping.aops == AOPS_SECRETMEM:
         return -EBUSY
     if mapping.aops == AOPS_BUFFER or mapping.aops == AOPS_BUFFER_NOREFS:
@@ -318,7 +318,7 @@ def migrate_movable_ops_page(mem, call, dst, src):
         c.move_at = MOVE_CALLBACK
         return np.int64(STOP_CALLBACK)
     else:
-        rc = told_callback(mem, src)
+        rc = told(mem, mem.others[mem.folios[src].others].callback)
         if rc == NOT_TOLD or rc == 0:
             copy_movable_ops_page(mem, dst, src)
             rc = np.int64(0)

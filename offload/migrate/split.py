@@ -13,14 +13,14 @@ from offload.migrate.call import list_add_tail
 from offload.mm.address_space import file_split_stat, fill_slots, filemap_release_folio
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
-    ALLOC_OK, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
+    PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
     PG_partially_mapped, PG_private, PG_swapcache, PG_writeback, PG_zone_device, VM_LOCKED, folio_expected_ref_count,
     folio_test_anon, folio_trylock, folio_unlock,
 )
 from offload.mm.node import folio_maybe_dma_pinned, folio_unqueue_deferred_split, set_page_orders
-from offload.mm.others import NOT_TOLD, told_split, wait_for_lock
+from offload.mm.others import NOT_TOLD, told, wait_for_lock
 from offload.mm.pagetable import (
-    PTE_HUGE, ZERO_PAGE, pte_is_migration, pte_pfn, remove_migration_ptes, rmap_first, rmap_next, rmap_vma, split_pmd,
+    PTE_HUGE, PTE_UFFD_WP, ZERO_PAGE, pte_is_migration, pte_pfn, remove_migration_ptes, rmap_first, rmap_next, rmap_vma, split_pmd,
     try_to_migrate, try_to_unmap, vma_address, walk_pmd, walk_pte,
 )
 from offload.units import EAGAIN, EBUSY, EINVAL, HPAGE_PMD_ORDER, MIGRATE_ASYNC, PAGE_SIZE, RULES_6_12
@@ -46,7 +46,7 @@ def try_split_folio(mem, call, src):
             c.hang = src
             return -EAGAIN
     order = np.int64(mem.folios[src].order)
-    rc = told_split(mem, src)
+    rc = told(mem, mem.others[mem.folios[src].others].split)
     if rc >= 0:
         rc = split_refusal(mem, src, rc != NOT_TOLD)
     if rc == 0:
@@ -119,8 +119,8 @@ def split_folio(mem, src):
     else:
         file_split_stat(mem, src)
     pieces_others = mem.others[folio.others].pieces
-    if folio.others and pieces_others == 0:             # the allocation failed for the folio whole, not for its head
-        mem.others[folio.others].alloc = ALLOC_OK
+    if folio.others:                                    # whether the allocation fails for its head as it did for the folio
+        mem.others[folio.others].alloc = mem.others[pieces_others].alloc
     set_page_orders(mem, src, nr_pages, 0)
     for piece in range(src, src + nr_pages):
         page = mem.folios[piece]
@@ -175,6 +175,6 @@ def use_zero_page(mem, piece):
         if area.vm_flags & VM_LOCKED == 0 and area.start <= at < area.end:
             pte = walk_pte(mem, area.mm, at)
             if pte and pte_is_migration(mem.tables[pte]) and pte_pfn(mem.tables[pte]) == piece:
-                mem.tables[pte] = ZERO_PAGE
+                mem.tables[pte] = ZERO_PAGE | mem.tables[pte] & PTE_UFFD_WP
                 mem.mms[area.mm].rss_anon -= 1
         cursor = rmap_next(mem, piece, cursor)

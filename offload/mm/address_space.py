@@ -14,7 +14,7 @@ from offload.mm.memmap import (
 from offload.units import HPAGE_PMD_ORDER
 
 __all__ = ("filemap_get_folio", "filemap_add_folio", "filemap_remove_folio", "swap_cache_get_folio", "add_to_swap_cache",
-           "swap_cache_add_folio", "delete_from_swap_cache", "filemap_release_folio", "folio_attach_private",
+           "swap_cache_add_folio", "delete_from_swap_cache", "swap_duplicate", "filemap_release_folio", "folio_attach_private",
            "folio_mark_dirty", "folio_clear_dirty")
 
 
@@ -167,6 +167,12 @@ def delete_from_swap_cache(mem, pfn):
     folio.page_flags &= ~PG_swapcache
     folio.private = 0
     folio.refcount -= nr_pages
+
+
+@jit_inline
+def swap_duplicate(mem, entry):
+    """One more page-table entry holds the swap entry."""
+    mem.swap_map[entry] += 1
 
 
 @jit

@@ -177,7 +177,7 @@ def suitable_for_compaction(mem, pfn, flags):
         return False
     # What asking the mapping takes the folio lock for: dirty folios that could only be written back, and locked memory.
     dirty = flags & ISOLATE_ASYNC and folio.page_flags & PG_dirty
-    if dirty or folio.mapping > 0 and folio.page_flags & PG_unevictable:
+    if dirty or cached and folio.page_flags & PG_unevictable:
         if folio.page_flags & PG_locked:
             return False
         if folio.mapping > 0:

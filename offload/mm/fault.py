@@ -14,7 +14,7 @@ from offload.intrinsics import fill_bytes
 from offload.jit import jit, jit_entry, jit_inline
 from offload.kernels.cpu import copy_bytes
 from offload.mm.address_space import (
-    filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio, swap_cache_get_folio,
+    filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio, swap_cache_get_folio, swap_duplicate,
 )
 from offload.mm.frames import copy_pages, frame_address, zero_frames
 from offload.mm.memmap import (
@@ -29,7 +29,7 @@ from offload.mm.pagetable import (
     PTE_WRITE, PTE_YOUNG, PTRS, ZERO_PAGE, add_rss, folio_add_rmap, folio_mapped_by_others, folio_remove_rmap, free_table, pgtable_deposit, pgtable_withdraw, pte_pfn,
     set_pte, split_pmd, walk_alloc_pmd, walk_alloc_pte, walk_pmd, walk_pte,
 )
-from offload.mm.swap import folio_free_swap, swap_duplicate, swap_free, swap_read
+from offload.mm.swap import folio_free_swap, swap_free, swap_read
 from offload.units import EAGAIN, EFAULT, ENOMEM, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ("handle_fault", "populate", "access", "copy_page_range", "zap_range", "find_vma", "lookup_page")

@@ -189,13 +189,12 @@ OTHERS_DTYPE = np.dtype([(name, np.int64) for name in (
     "refs_write",                   # their holder writes into the folio right after the batch copy
     "failed_moves",
     "alloc",                        # target allocations for it: ALLOC_OK, ALLOC_FAIL
-    "pieces",                       # the row of its pieces after a split, if their allocations fail too; 0: they succeed
+    "pieces",                       # the row of its pieces after a split: whether their allocations fail, and their owner's callback
     "copy_error",                   # reading its bytes meets an uncorrectable memory error
     "poisoned_after_unmap",         # memory_failure() sets PG_hwpoison once it is unmapped
     "unreleasable",                 # its private data cannot be released
     "buffers_locked",               # its buffer heads: OTHERS_NO, OTHERS_UNTIL_WAIT, OTHERS_FOREVER
-    "callback", "callback_left",    # outcomes of its owner's migrate callback: where in Memory.scripts; how many are left
-    "split", "split_left",          # outcomes of attempts to split it; of both the last one repeats
+    "callback", "split",            # outcomes of its owner's migrate callback, of attempts to split it: Memory.scripts; 0: none told
 )], align=True)
 """What others do to a folio while a call runs (``locked``, ``extra_refs`` ... of a scenario). Row 0: nothing."""
 
@@ -246,7 +245,7 @@ class Memory(NamedTuple):
     swap_map: np.ndarray            # int64, indexed by swap entry: page-table entries that hold it
     mthp_nr_anon: np.ndarray        # int64: large anonymous folios, indexed by order
     others: np.recarray             # OTHERS_DTYPE
-    scripts: np.ndarray             # int64: outcomes told beforehand, 0 or -errno
+    scripts: np.ndarray             # int64: outcomes told beforehand. At a script's index how many are left, then they, last to first
     lru_batch: np.ndarray           # int64, LRU_BATCH_SIZE pfns
     sys: np.recarray                # SYS_DTYPE, one row
 

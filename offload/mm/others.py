@@ -14,7 +14,7 @@ from offload.mm.memmap import (
 from offload.mm.node import folio_put_refs
 
 __all__ = ("wait_for_lock", "wait_for_writeback", "wait_for_buffers", "others_refuse_alloc", "others_before_move",
-           "others_after_failed_move", "others_at_batch_copy", "told_callback", "told_split", "NOT_TOLD")
+           "others_after_failed_move", "others_at_batch_copy", "told", "NOT_TOLD")
 
 NOT_TOLD = 1
 """No outcome is told beforehand: the rules decide."""
@@ -52,29 +52,14 @@ def wait_for_buffers(mem, pfn):
 
 
 @jit
-def told_callback(mem, pfn):
-    """What this call of the migrate callback of the folio's owner returns, if that was told beforehand: 0, -errno, NOT_TOLD."""
-    others = mem.others[mem.folios[pfn].others]
-    if others.callback_left == 0:
+def told(mem, script):
+    """The next outcome of a script of ``Memory.scripts``: 0 or -errno; the last repeats. NOT_TOLD without a script (0)."""
+    if script == 0:
         return np.int64(NOT_TOLD)
-    outcome = mem.scripts[others.callback]
-    if others.callback_left > 1:                    # the last one repeats
-        others.callback += 1
-        others.callback_left -= 1
-    return outcome
-
-
-@jit
-def told_split(mem, pfn):
-    """As told_callback(), for this attempt to split the folio."""
-    others = mem.others[mem.folios[pfn].others]
-    if others.split_left == 0:
-        return np.int64(NOT_TOLD)
-    outcome = mem.scripts[others.split]
-    if others.split_left > 1:
-        others.split += 1
-        others.split_left -= 1
-    return outcome
+    left = mem.scripts[script]
+    if left > 1:
+        mem.scripts[script] = left - 1
+    return mem.scripts[script + left]
 
 
 @jit_inline

@@ -14,7 +14,7 @@ import numpy as np
 
 from offload.intrinsics import prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
-from offload.mm.address_space import folio_mark_dirty
+from offload.mm.address_space import folio_mark_dirty, swap_duplicate
 from offload.mm.memmap import (
     PG_dirty, PG_hwpoison, PG_ksm, PG_lru, PG_mlocked, PG_swapbacked, PG_zone_device, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
 )
@@ -442,9 +442,10 @@ def try_to_migrate(mem, folio_pfn):
 
 @jit
 def try_to_unmap(mem, folio_pfn):
-    """Clear every page-table entry that maps a page-cache folio; it is faulted in again when needed.
+    """Clear every page-table entry that maps a folio of a file, which is faulted in again when needed; of an anonymous folio,
+    which must be in the swap cache, they become its swap entries. PMD leaves are split first.
 
-    Kernel: try_to_unmap(), for the file folios that a split unmaps.
+    The caller holds a reference. Kernel: try_to_unmap(), for file folios that a split unmaps and for those swapped out.
     """
     folio = mem.folios[folio_pfn]
     nr_pages = np.int64(1) << folio.order
@@ -467,6 +468,10 @@ def try_to_unmap(mem, folio_pfn):
                 if old & PTE_DIRTY:
                     folio_mark_dirty(mem, folio_pfn)
                 mem.tables[pte] = 0
+                if folio_test_anon(mem, folio_pfn):
+                    entry = folio.private + pte_pfn(old) - folio_pfn
+                    set_pte(mem, pte, entry, PTE_SWAP | PTE_SPECIAL | old & (PTE_EXCLUSIVE | PTE_UFFD_WP))
+                    swap_duplicate(mem, entry)
                 folio_remove_rmap(mem, folio_pfn, vma, np.int64(0))
                 folio.refcount -= 1
                 add_rss(mem, area.mm, folio_pfn, -1)

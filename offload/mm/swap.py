@@ -13,7 +13,7 @@ import numpy as np
 
 from offload.jit import jit, jit_entry, jit_inline
 from offload.kernels.cpu import copy_bytes
-from offload.mm.address_space import delete_from_swap_cache, swap_cache_add_folio, swap_cache_get_folio
+from offload.mm.address_space import delete_from_swap_cache, folio_clear_dirty, swap_cache_add_folio, swap_cache_get_folio
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
     NO_PFN, PG_dirty, PG_ksm, PG_lru, PG_mlocked, PG_swapcache, page_folio, unpack,
@@ -22,18 +22,11 @@ from offload.mm.node import (
     folio_add_lru, folio_isolate_lru, folio_maybe_dma_pinned, folio_put, lru_add_drain,
 )
 from offload.mm.pagetable import (
-    PTE_EXCLUSIVE, PTE_HUGE, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_UFFD_WP, add_rss, folio_mapped_by_others,
-    folio_remove_rmap, pte_pfn, rmap_first, rmap_next, rmap_vma, split_pmd, vma_address, walk_pmd, walk_pte,
+    PTE_PRESENT, PTE_SPECIAL, folio_mapped_by_others, pte_pfn, try_to_unmap, walk_pmd, walk_pte,
 )
 from offload.units import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = ("swap_duplicate", "swap_free", "folio_free_swap", "swap_read", "swap_out_folio")
-
-
-@jit_inline
-def swap_duplicate(mem, entry):
-    """One more page-table entry holds the swap entry."""
-    mem.swap_map[entry] += 1
+__all__ = ("swap_free", "folio_free_swap", "swap_read", "swap_out_folio")
 
 
 @jit
@@ -85,40 +78,6 @@ def can_swap_out(mem, pfn):
             and folio.page_flags & PG_mlocked == 0 and folio.mapcount > 0 and not folio_maybe_dma_pinned(mem, pfn))
 
 
-@jit
-def unmap_to_swap(mem, pfn, vma, pte):
-    """Put the page's swap entry in place of its page-table entry (try_to_unmap_one())."""
-    old = mem.tables[pte]
-    entry = mem.folios[pfn].private + pte_pfn(old) - pfn
-    mem.tables[pte] = entry << PAGE_SHIFT | PTE_SWAP | PTE_SPECIAL | old & (PTE_EXCLUSIVE | PTE_UFFD_WP)
-    swap_duplicate(mem, entry)
-    folio_remove_rmap(mem, pfn, vma, np.int64(0))
-    mem.folios[pfn].refcount -= 1                   # never the last: the caller isolated it
-    add_rss(mem, mem.vmas[vma].mm, pfn, -1)
-
-
-@jit
-def unmap_folio_to_swap(mem, pfn):
-    """Unmap every page of a folio in the swap cache; PMD leaves are split first."""
-    folio = mem.folios[pfn]
-    nr_pages = np.int64(1) << folio.order
-    cursor = rmap_first(mem, pfn)
-    while cursor and folio.mapcount:
-        vma = rmap_vma(mem, pfn, cursor)
-        area = mem.vmas[vma]
-        address = vma_address(mem, vma, folio.index)
-        end = min(address + (nr_pages << PAGE_SHIFT), area.end)
-        for at in range(max(address, area.start), end, PAGE_SIZE):
-            pmd = walk_pmd(mem, area.mm, at)
-            if pmd and mem.tables[pmd] & PTE_HUGE and pte_pfn(mem.tables[pmd]) == pfn:
-                split_pmd(mem, area.mm, pmd)
-            pte = walk_pte(mem, area.mm, at)
-            old = mem.tables[pte] if pte else np.int64(0)
-            if old & PTE_PRESENT and old & PTE_SPECIAL == 0 and pfn <= pte_pfn(old) < pfn + nr_pages:
-                unmap_to_swap(mem, pfn, vma, pte)
-        cursor = rmap_next(mem, pfn, cursor)
-
-
 @jit_entry
 def swap_candidate(mem_table, mm, address, end):
     """(head, order) of the folio at ``address`` if it can be swapped out and all of it that is mapped lies before ``end``,
@@ -148,12 +107,13 @@ def swap_out_folio(mem_table, pfn, entry):
     mem = unpack(mem_table)
     folio_isolate_lru(mem, pfn)
     swap_cache_add_folio(mem, pfn, entry)
-    unmap_folio_to_swap(mem, pfn)
+    try_to_unmap(mem, pfn)
     folio = mem.folios[pfn]
     nr_pages = np.int64(1) << folio.order
     address = frame_address(mem, pfn)
     if address:
         copy_bytes(0, swap_address(mem, entry), address, nr_pages << PAGE_SHIFT)
+    folio_clear_dirty(mem, pfn)
     if folio.refcount == nr_pages + 1:
         delete_from_swap_cache(mem, pfn)
     else:
