@@ -792,6 +792,18 @@ class TestAdvice:
         child.exit()
         world.check()
 
+    @pytest.mark.parametrize("order", [0, 9])
+    def test_what_somebody_holds_stays_in_the_swap_cache(self, world, order):
+        world.machine.swapon("4M")
+        address, (pfn,) = world.map(1, order)
+        world.process.get(address)
+        world.process.swapout(address, PAGE_SIZE << order)
+        world.machine.lru_add_drain()
+        assert world.folios.refcount[pfn] == 1 + (1 << order), "the holder's and the swap cache's"
+        assert world.folios.page_flags[pfn] & (PG_swapcache | PG_dirty) == PG_swapcache, "it has been written out"
+        world.process.put(address)
+        world.check()
+
     def test_what_is_not_swapped_out(self, world):
         world.machine.swapon("64K")
         address, pfns = world.map(4)
