@@ -6,9 +6,11 @@ raises with the reason. CuPy finds the driver and brings NVRTC; copies are queue
 No CUDA before a fork: a process that has probed must not fork workers that use the device ("spawn" them).
 """
 
+import contextlib
 import functools
 import importlib.util
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from offload.errors import EngineUnavailable
 from offload.kernels.cuda_driver import BATCH_VERSION, CudaError, Driver
 from offload.kernels.cuda_engines import WAYS, Device, PinnedMemory
 
-__all__ = ("Probe", "probe", "open_device", "why_not", "compile_kernel", "self_test", "SOURCE")
+__all__ = ("Probe", "probe", "open_device", "why_not", "compile_kernel", "self_test", "nvidia_driver", "SOURCE")
 
 SOURCE = pathlib.Path(__file__).with_name("copy_folios.cu")
 ENTRY = "copy_folios"
@@ -100,6 +102,14 @@ def why_not(way, found=None):
         return "compute capability {}.{} is below {}.{}: use cuda-loop:N".format(*found.capability, *LEAST_CAPABILITY)
     if way == "cuda-kernel" and found.nvrtc is None:
         return f"NVRTC is not there to compile the kernel: {INSTALL}"
+    return None
+
+
+def nvidia_driver():
+    """The version of NVIDIA's kernel module, such as "580.95.05", or None where this system does not tell."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = re.search(r"\b[0-9]{3,}\.[0-9]+(\.[0-9]+)?\b", pathlib.Path("/proc/driver/nvidia/version").read_text("ascii"))
+        return found and found.group()
     return None
 
 

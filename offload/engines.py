@@ -2,7 +2,8 @@
 
 ``vanilla``, ``batch``, ``mt:N`` and ``dma:N``, each also with ``+stream``; who stands at the hatch and which copy kernel moves
 the bytes follow from the name. The GPU's are ``cuda-loop:N``, ``cuda-batch`` and ``cuda-kernel``; where they are not
-available, parse_engine() raises with the reason. ``auto`` alone may fall back, and says so.
+available, parse_engine() raises with the reason. ``auto`` takes for each batch what calibration.py has measured to be the
+fastest, on the CPU where there is no GPU or where it does not reach; it alone may fall back, and says so.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ AUTO = "batch+stream"
 class Engine:
     """A way of copying. ``migrator`` is None for vanilla; ``threads`` are those that copy (dcbm's channels among them).
 
-    ``copy_kernel`` is "plain", "stream", or the kind of a GPU engine. ``note`` is what a reader of its results must know.
+    ``copy_kernel`` is "plain", "stream", the kind of a GPU engine, or "auto" for one of them by batch. ``note`` is what a reader of its results must know.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Engine:
 
     @property
     def on_gpu(self):
-        return self.copy_kernel in CUDA_ENGINES
+        return self.copy_kernel in (*CUDA_ENGINES, "auto")
 
     @property
     def path_kernel(self):
@@ -54,6 +55,9 @@ class Engine:
 
     def make_backend(self):
         """The copy alone, without migration: a CopyBackend to close. EngineUnavailable if the GPU is no longer there."""
+        if self.copy_kernel == "auto":
+            from offload.calibration import AutoBackend, open_calibration
+            return AutoBackend(open_calibration())
         if self.on_gpu:
             from offload.kernels.cuda import open_device
             from offload.kernels.cuda_engines import CudaBackend
@@ -68,6 +72,11 @@ class Engine:
         if self.migrator == "mc_copy":
             from offload.migrators.mc_copy import McCopy
             return McCopy(self.copy_kernel)
+        if self.migrator == "auto":
+            from offload.calibration import open_calibration
+            from offload.migrators.auto import Auto
+            calibration = open_calibration()
+            return Auto(calibration.pick_for, {name: parse_engine(name).make_migrator() for name in calibration.makers})
         if self.migrator == "dcbm":
             from offload.migrators.dcbm import Dcbm
             if self.on_gpu:
@@ -85,8 +94,11 @@ class Engine:
         return f"{self.copy_kernel}:{self.threads}"
 
 
-def parse_engine(text):
-    """The Engine of a name. InvalidInput for a name that is none, EngineUnavailable for one that is not here."""
+def parse_engine(text, nodes=("host", "host")):
+    """The Engine of a name. InvalidInput for a name that is none, EngineUnavailable for one that is not here.
+
+    ``nodes``: the placements that it copies from and to. They decide what ``auto`` is, and nothing else.
+    """
     base, plus, suffix = str(text).strip().partition("+")
     kind, colon, number = base.partition(":")
     if kind not in ("vanilla", "batch", "auto", *NUMBERED, *CUDA_ENGINES) or colon and kind not in NUMBERED or plus and (
@@ -94,7 +106,7 @@ def parse_engine(text):
         raise InvalidInput(f"engine {text!r} is not known; use vanilla, batch, mt:N (N threads) or dma:N (N channels), each "
                            f"also with +stream, such as batch+stream; cuda-loop:N, cuda-batch, cuda-kernel, or auto")
     if kind == "auto":
-        return choose()
+        return choose(nodes)
     kernel = "stream" if plus else "plain"
     if kind in CUDA_ENGINES and kind not in NUMBERED:
         return cuda_engine(kind, kind, 1)
@@ -117,20 +129,46 @@ def cuda_engine(name, kind, channels):
     return Engine(name, "dcbm", kind, channels)
 
 
-def choose():
-    """The engine of ``auto``, with a note of what it is and why: on the CPU as yet, with a GPU as well.
+def choose(nodes):
+    """The engine of ``auto`` between two placements, with a note of what it is and why.
 
-    Which GPU engine is the fastest from which size on has to be measured on the device; no code for that has been run.
+    Measures on the device if this direction is not known yet (calibration.py). EngineUnavailable if that fails and the CPU
+    does not reach both ends.
     """
     from offload.kernels.cuda import why_not
-    reason = why_not("cuda-kernel")
-    why = (f"no GPU engine is available: {reason}" if reason else
-           "the GPU engines are not calibrated in this version; name one to use it")
+    reason = why_not("cuda-loop")
+    if reason:
+        return cpu_auto(f"no GPU engine is available: {reason}")
+    direction = ",".join(nodes)
+    if not set(nodes) <= {"pinned", "device"}:
+        return cpu_auto(f"a GPU does not reach frames of placement {direction}")
+    from offload.calibration import CPU, open_calibration
+    try:
+        calibration = open_calibration()
+        winners, chosen = calibration.winners(direction), calibration.describe(direction)
+    except EngineUnavailable as error:
+        if "device" in nodes:
+            raise
+        return cpu_auto(str(error))
+    measured = f"measured for {direction} on {calibration.device.name}: {chosen}"
+    if winners == {CPU}:
+        return cpu_auto(measured)
+    return Engine("auto", "auto", "auto", 1, f"auto is the fastest for each batch, as {measured}")
+
+
+def cpu_auto(why):
     return dataclasses.replace(parse_engine(AUTO), name="auto", note=f"auto is {AUTO}, on the CPU; {why}")
 
 
 CUDA_DOES = {"cuda-loop": f"the whole batch, one copy call for each run, on N streams (1 to {MAX_CHANNELS})",
              "cuda-batch": "the whole batch, up to 4096 runs in one copy call", "cuda-kernel": "the whole batch in one kernel launch"}
+
+
+def auto_does(reason):
+    """(migrator, what it does) of ``auto``; asks the device nothing."""
+    if reason:
+        return "mc_copy", cpu_auto(f"no GPU engine is available: {reason}").note
+    return "auto", f"the engine measured to be the fastest for each batch; {AUTO} where a GPU does not reach"
 
 
 def list_engines():
@@ -142,5 +180,5 @@ def list_engines():
         ("mt:N[+stream]", "cpu_mt", f"the whole batch before the moves, on N threads (1 to {MAX_THREADS})", None),
         ("dma:N[+stream]", "dcbm", f"the whole batch before the moves, by a DMA engine of N threads (1 to {MAX_CHANNELS})", None),
         *((name + (":N" if name in NUMBERED else ""), "dcbm", does, why_not(name)) for name, does in CUDA_DOES.items()),
-        ("auto", "mc_copy", choose().note, None),
+        ("auto", *auto_does(why_not("cuda-loop")), None),
     )

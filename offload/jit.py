@@ -29,7 +29,7 @@ import threading
 import llvmlite
 import numba
 
-__all__ = ("JIT_DISABLED", "COMPILE_S", "jit", "jit_inline", "jit_once", "jit_entry", "cache_folder", "cache_is_warm", "mark_cache_warm",
+__all__ = ("JIT_DISABLED", "COMPILE_S", "jit", "jit_inline", "jit_once", "jit_entry", "cache_root", "cache_folder", "cache_is_warm", "mark_cache_warm",
            "exit_on_interrupt")
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
@@ -66,8 +66,9 @@ def source_hash(folders=None):
     return digest.hexdigest()[:20]
 
 
-def _cache_root():
-    """Where compiled code is kept: NUMBA_CACHE_DIR if set, else the user's cache folder, else a temporary one."""
+def cache_root():
+    """Where compiled code is kept, and what is measured once: NUMBA_CACHE_DIR if set, else the user's cache folder, else a
+    temporary one."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         return pathlib.Path(os.environ["NUMBA_CACHE_DIR"]) / "migrate-offload"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -83,7 +84,7 @@ def _cache_root():
 @functools.cache
 def cache_folder():
     """The folder for code compiled from exactly these sources. Created; older ones are pruned."""
-    root = _cache_root()
+    root = cache_root()
     folder = root / source_hash()
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)

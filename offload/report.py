@@ -30,17 +30,17 @@ def table(title, columns, rows, *, right=(), fold=None):
     return out
 
 
-def json_target(path):
+def json_target(path, option="--json"):
     """Check before the work that ``--json PATH`` can be written ("-": standard output). InvalidInput if not."""
     if path is None or path == "-":
         return path
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InvalidInput(f"--json {path!r} cannot be written; name a file in a folder that exists and is writable")
+        raise InvalidInput(f"{option} {path!r} cannot be written; name a file in a folder that exists and is writable")
     return path
 
 
-def write_json(path, result):
+def write_json(path, result, option="--json"):
     """Write a result to a file, whole or not at all, or to standard output for "-"."""
     text = json.dumps(result, indent=1) + "\n"
     if path == "-":
@@ -49,7 +49,7 @@ def write_json(path, result):
     try:
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".offload-")
     except OSError as error:
-        raise InvalidInput(f"--json {path!r} cannot be written ({error.strerror}); choose another place") from None
+        raise InvalidInput(f"{option} {path!r} cannot be written ({error.strerror}); choose another place") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(text)

@@ -285,12 +285,10 @@ class TestMigration:
 
     def test_bench(self, stub):
         """The numbers mean nothing, the bytes are verified and the limit is the engine's own."""
-        config = BenchConfig.parse(size="2M", orders="0,9", engines="vanilla,cuda-loop:2,cuda-batch,cuda-kernel,auto", repeat=1,
+        config = BenchConfig.parse(size="2M", orders="0,9", engines="vanilla,cuda-loop:2,cuda-batch,cuda-kernel", repeat=1,
                                    warmup=0, nodes="pinned,pinned")
         result = run_bench(config)
         assert unverified(result) == [] and result["manifest"]["nodes"] == ["pinned", "pinned"]
         rows = {(row["engine"], row["order"]): row for row in result["rows"]}
         assert rows["cuda-loop:2", 0]["copy_kernel"] == "cuda-loop" and rows["cuda-kernel", 9]["limit_gbps"] > 0
-        assert set(result["limits"]["scattered_copy_gbps"]) == {"plain:1", "cuda-loop:2", "cuda-batch:1", "cuda-kernel:1", "stream:1"}
-        assert result["manifest"]["notes"] == ["auto is batch+stream, on the CPU; the GPU engines are not calibrated in this "
-                                               "version; name one to use it"]
+        assert set(result["limits"]["scattered_copy_gbps"]) == {"plain:1", "cuda-loop:2", "cuda-batch:1", "cuda-kernel:1"}

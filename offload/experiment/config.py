@@ -51,10 +51,11 @@ class BenchConfig:
         """From the texts of the command line, by the names of DEFAULTS; what is not given is the default."""
         given = DEFAULTS | texts
         orders = tuple(parse_order(word) for word in split_list("orders", given["orders"]))
+        placement = parse_nodes(given["nodes"])
         return cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
-                   engines=tuple(parse_engine(word) for word in split_list("engines", given["engines"])),
+                   engines=tuple(parse_engine(word, (placement, placement)) for word in split_list("engines", given["engines"])),
                    repeat=given["repeat"], warmup=given["warmup"], batch_pages=given["batch_pages"],
-                   mode=parse_mode(given["mode"]), protocol=given["protocol"], placement=parse_nodes(given["nodes"]), seed=given["seed"])
+                   mode=parse_mode(given["mode"]), protocol=given["protocol"], placement=placement, seed=given["seed"])
 
     def __post_init__(self):
         parse_protocol(self.protocol)

@@ -12,6 +12,7 @@ from conftest import World, on_duty
 from dma_conformance import DmaConformance
 from kernel_conformance import GUARD_FRAMES, KernelConformance, scattered_plan, verdicts
 
+from offload.calibration import AutoBackend, open_calibration
 from offload.engines import parse_engine
 from offload.kernels.base import FRAME_SIZE
 from offload.kernels.cuda import open_device, probe, self_test, why_not
@@ -173,10 +174,10 @@ class TestKernelProviderDevice(TestProviderDevice):
 class TestMigration:
     """The whole path over pinned frames."""
 
-    @pytest.mark.parametrize("name", ["cuda-loop:2", "cuda-batch", "cuda-kernel"])
+    @pytest.mark.parametrize("name", ["cuda-loop:2", "cuda-batch", "cuda-kernel", "auto"])
     def test_every_byte_arrives(self, need, name):
         need(name.partition(":")[0])
-        engine = parse_engine(name)
+        engine = parse_engine(name, ("pinned", "pinned"))
         world = World.__new__(World)
         world.machine = Machine(nodes=(NodeConfig(8192, placement="pinned"),) * 2, poison=True)
         world.process, world.expected, world.held = world.machine.process(), [], []
@@ -185,6 +186,29 @@ class TestMigration:
             result = world.migrate(pfns)
         assert result.rc == 0 and result.copies["batched"] == len(pfns)
         world.check()
+
+
+class TestAuto:
+    """What is measured for a direction is chosen from, and the bytes arrive."""
+
+    @pytest.mark.parametrize("direction", ["device,device", "pinned,device", "device,pinned", "pinned,pinned"])
+    def test_a_batch_of_each_cell(self, direction):
+        calibration = open_calibration()
+        src_kind, dst_kind = ({"pinned": PinnedArena, "device": DeviceArena}[placement] for placement in direction.split(","))
+        with AutoBackend(calibration) as backend:
+            for cell in calibration.cells(direction):
+                if cell["folios"] > 512:
+                    continue
+                rng = np.random.default_rng(cell["folios"])
+                nr_frames = (cell["folios"] << cell["order"]) + 64
+                dst, src = dst_kind(nr_frames), src_kind(nr_frames)
+                for arena in (dst, src):
+                    arena.write(rng.integers(0, 256, (nr_frames + 2 * GUARD_FRAMES, FRAME_SIZE), np.uint8))
+                plan = scattered_plan(rng, nr_frames, np.full(cell["folios"], cell["order"]), dst.base, src.base)
+                before, done = (dst.read(), src.read()), np.zeros(plan.nr_folios, np.uint8)
+                assert backend.backend_for(plan)[0] in cell["ns"]
+                assert backend.copy(plan, done) == 0 and done.all()
+                assert verdicts(plan, before, (dst.read(), src.read())) == []
 
 
 class TestSelfTest:

@@ -1,0 +1,33 @@
+"""auto: the migrator that hands each batch to the one that was measured to be the fastest for it.
+
+Stands for no driver of the series, which has one migrator at a time; here several stand behind one name, and who copies is
+decided batch by batch. How that is measured is in offload/calibration.py, which hands in the choice. Leaves out dividing a
+batch among several.
+"""
+
+import collections
+
+from offload.kernels.base import CopyPlan
+
+__all__ = ("Auto",)
+
+
+class Auto:
+    """``choose(plan)`` names one of ``migrators``, a dict; they are closed with this. ``handed`` counts batches by name."""
+
+    name = "auto"
+    owner = "auto"
+    meets_poison = False
+
+    def __init__(self, choose, migrators):
+        self.choose, self.migrators = choose, migrators
+        self.handed = collections.Counter()
+
+    def offload_copy(self, batch, done):
+        name = self.choose(CopyPlan(batch.frames, batch.frames, batch.dst, batch.src, batch.order))
+        self.handed[name] += 1
+        return self.migrators[name].offload_copy(batch, done)
+
+    def close(self):
+        for migrator in self.migrators.values():
+            migrator.close()
