@@ -21,7 +21,7 @@ from offload.kernels.cuda_engines import PinnedMemory
 from offload.kernels.cuda_plan import split_evenly
 from offload.units import format_size
 
-__all__ = ("BatchTimes", "CudaTimer", "DeviceMemory", "measure_ceilings", "CEILINGS")
+__all__ = ("BatchTimes", "CudaTimer", "PinnedRows", "DeviceRows", "measure_ceilings", "CEILINGS")
 
 _FOR_EVER_NS = 1 << 62
 STAGING_FRAMES = (32 << 20) // FRAME_SIZE
@@ -115,7 +115,25 @@ class CudaTimer:
         return self._events[0:2 * nr_channels:2], self._events[1:2 * nr_channels:2]
 
 
-class DeviceMemory:
+class PinnedRows:
+    """Frames in pinned memory: DeviceRows' members. CudaError if there is no room."""
+
+    def __init__(self, device, nr_frames):
+        self._memory = PinnedMemory(device, nr_frames * FRAME_SIZE)
+        self.nbytes, self.base = self._memory.nbytes, self._memory.address
+        self._rows = self._memory.view().reshape(-1, FRAME_SIZE)
+
+    def put(self, frame, rows):
+        self._rows[frame:frame + len(rows)] = rows
+
+    def get(self, frame, nr):
+        return self._rows[frame:frame + nr]
+
+    def close(self):
+        self._memory.close()
+
+
+class DeviceRows:
     """Frames in device memory, reached through a small pinned buffer. OutOfMemory if there is no room.
 
     ``base`` is the address of frame 0; ``put`` and ``get`` copy rows of 4096 bytes in and out, and wait for it.

@@ -30,8 +30,8 @@ from offload.kernels.base import FRAME_SHIFT, CopyPlan
 from offload.kernels.cpu import CpuBackend
 from offload.kernels.cuda import SOURCE, nvidia_driver, open_device, probe, version_text, why_not
 from offload.kernels.cuda_driver import CudaError
-from offload.kernels.cuda_engines import WAYS, CudaBackend, PinnedMemory
-from offload.kernels.cuda_timing import DeviceMemory
+from offload.kernels.cuda_engines import WAYS, CudaBackend
+from offload.kernels.cuda_timing import DeviceRows, PinnedRows
 from offload.report import write_json
 from offload.units import PAGE_SIZE, format_size
 
@@ -138,7 +138,7 @@ class Calibration:
         try:
             for placement in direction.split(","):
                 memory.append(PinnedRows(self.device, REGION_FRAMES) if placement == "pinned" else
-                              DeviceMemory(self.device, REGION_FRAMES))
+                              DeviceRows(self.device, REGION_FRAMES))
             payload = np.random.default_rng(0).integers(0, 256, (REGION_FRAMES, PAGE_SIZE), np.uint8)
             for piece in memory:                    # random at both ends, so that nothing is found compressible
                 piece.put(0, payload)
@@ -232,20 +232,6 @@ def direction_of(device, plan):
     device.enter()
     ends = (plan.src_base + (int(plan.src[0]) << FRAME_SHIFT), plan.dst_base + (int(plan.dst[0]) << FRAME_SHIFT))
     return ",".join("device" if device.driver.on_device(address) else "pinned" for address in ends)
-
-
-class PinnedRows:
-    """DeviceMemory's members over pinned memory, as far as calibration needs them."""
-
-    def __init__(self, device, nr_frames):
-        self._memory = PinnedMemory(device, nr_frames * PAGE_SIZE)
-        self.base = self._memory.address
-
-    def put(self, frame, rows):
-        self._memory.view().reshape(-1, PAGE_SIZE)[frame:frame + len(rows)] = rows
-
-    def close(self):
-        self._memory.close()
 
 
 class AutoBackend:

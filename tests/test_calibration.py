@@ -22,7 +22,7 @@ from offload.kernels.base import FRAME_SIZE, checked_plan
 from offload.kernels.cpu import CpuBackend
 from offload.kernels.cuda import Probe
 from offload.kernels.cuda_engines import WAYS, CudaBackend, PinnedMemory
-from offload.kernels.cuda_timing import DeviceMemory
+from offload.kernels.cuda_timing import DeviceRows
 from offload.machine import Machine, NodeConfig
 
 pytestmark = needs_compiler
@@ -251,7 +251,7 @@ class TestDirections:
 
     def test_it(self, tmp_path):
         setup = Setup(tmp_path)
-        pinned, frames = PinnedMemory(setup.device, 4 * FRAME_SIZE), DeviceMemory(setup.device, 4)
+        pinned, frames = PinnedMemory(setup.device, 4 * FRAME_SIZE), DeviceRows(setup.device, 4)
         ends = {"pinned": pinned.address, "device": frames.base}
         for src in ends:
             for dst in ends:

@@ -14,7 +14,7 @@ from offload.errors import EngineUnavailable, OutOfMemory
 from offload.kernels import ranges
 from offload.kernels.base import FRAME_SIZE, checked_plan
 from offload.kernels.cuda_engines import CudaProvider, PinnedMemory
-from offload.kernels.cuda_timing import CEILINGS, STAGING_FRAMES, CudaTimer, DeviceMemory, measure_ceilings
+from offload.kernels.cuda_timing import CEILINGS, STAGING_FRAMES, CudaTimer, DeviceRows, measure_ceilings
 
 pytestmark = needs_compiler
 
@@ -25,7 +25,7 @@ def stub():
 
 
 def pages(nr):
-    """(plan, dst, src): ``nr`` pages, no two of them neighbours."""
+    """(plan, dst, src): ``nr`` pages, no two of them neighbours. All three must be kept while it is copied."""
     dst, src = HostArena(2 * nr), HostArena(2 * nr)
     for seed, arena in enumerate((dst, src)):
         frames = arena.read()
@@ -84,9 +84,9 @@ class TestCudaTimer:
     def test_all_is_given_back(self, stub):
         before = stub.state.streams, stub.state.events
         provider = CudaProvider(stub.device(), "cuda-kernel")
-        timer, (plan, *arenas) = CudaTimer(provider), pages(3)
+        timer, job = CudaTimer(provider), pages(3)
         for resident in (False, True):
-            timer.run(plan, np.zeros(3, np.uint8), resident=resident)
+            timer.run(job[0], np.zeros(3, np.uint8), resident=resident)
         timer.close()
         provider.close()
         assert (stub.state.streams, stub.state.events) == before and stub.state.allocs == stub.state.frees
@@ -95,30 +95,30 @@ class TestCudaTimer:
                                                 ("cuda-kernel", "fail_alloc", 0)])
     def test_a_fault(self, stub, way, fault, at):
         provider = CudaProvider(stub.device(), way)
-        timer, (plan, *arenas) = CudaTimer(provider), pages(9)
+        timer, job = CudaTimer(provider), pages(9)
         setattr(stub.state, fault, at)
         for _ in range(2):
             with pytest.raises(EngineUnavailable) as refused:
-                timer.run(plan, np.zeros(9, np.uint8))
+                timer.run(job[0], np.zeros(9, np.uint8))
             assert "\n" not in str(refused.value) and "CUDA_ERROR" in str(refused.value)
         assert len(stub.lines) == 1
         provider.close()
 
     def test_a_descriptor_that_fails_is_not_done(self, stub):
         provider = CudaProvider(stub.device(), "cuda-batch", most=3)
-        timer, (plan, *arenas), done = CudaTimer(provider), pages(9), np.zeros(9, np.uint8)
+        timer, job, done = CudaTimer(provider), pages(9), np.zeros(9, np.uint8)
         stub.state.fail_copy = 4
-        timer.run(plan, done)
+        timer.run(job[0], done)
         assert done.tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
         provider.close()
 
 
-class TestDeviceMemory:
+class TestDeviceRows:
     """What is put in comes out, in pieces as large as the buffer on the way."""
 
     def test_put_and_get(self, stub):
         nr = STAGING_FRAMES + 5
-        memory = DeviceMemory(stub.device(), nr)
+        memory = DeviceRows(stub.device(), nr)
         content = np.random.default_rng(1).integers(0, 256, (nr, FRAME_SIZE), np.uint8)
         memory.put(0, content)
         assert np.array_equal(memory.get(0, STAGING_FRAMES), content[:STAGING_FRAMES])
@@ -136,7 +136,7 @@ class TestDeviceMemory:
         device = stub.device()
         stub.state.fail_alloc = nr
         with pytest.raises(OutOfMemory, match="smaller --size") as refused:
-            DeviceMemory(device, 4)
+            DeviceRows(device, 4)
         assert "\n" not in str(refused.value) and stub.state.frees == nr
 
 
@@ -146,7 +146,7 @@ class TestCeilings:
     def test_it(self, stub):
         device, nbytes = stub.device(), 1 << 20
         pinned = [PinnedMemory(device, nbytes) for _ in range(2)]
-        frames = [DeviceMemory(device, nbytes // FRAME_SIZE) for _ in range(2)]
+        frames = [DeviceRows(device, nbytes // FRAME_SIZE) for _ in range(2)]
         memory = {"pinned": [piece.address for piece in pinned], "device": [piece.base for piece in frames]}
         before = stub.state.streams, stub.state.events, stub.state.bytes
         stub.state.ps_byte = 100                    # 10 GB/s, one after the other
@@ -160,7 +160,7 @@ class TestCeilings:
     def test_where_they_go(self, stub):
         device, nbytes = stub.device(), FRAME_SIZE
         pinned = [PinnedMemory(device, nbytes) for _ in range(2)]
-        frames = [DeviceMemory(device, 1) for _ in range(2)]
+        frames = [DeviceRows(device, 1) for _ in range(2)]
         fill = {piece: np.full((1, FRAME_SIZE), value, np.uint8) for value, piece in enumerate((*pinned, *frames), 1)}
         for piece in pinned:
             piece.view()[:] = fill[piece][0]
@@ -182,8 +182,8 @@ class TestNamedRanges:
 
     def copy(self, stub):
         provider = CudaProvider(stub.device(), "cuda-kernel")
-        plan, *arenas = pages(3)
-        CudaTimer(provider).run(plan, np.zeros(3, np.uint8))
+        job = pages(3)
+        CudaTimer(provider).run(job[0], np.zeros(3, np.uint8))
         provider.close()
 
     def test_with_the_package(self, stub, monkeypatch):
