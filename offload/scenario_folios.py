@@ -21,7 +21,7 @@ from offload.mm.memmap import (
     PG_uptodate, PG_workingset, PG_writeback,
 )
 from offload.mm.movable_ops import free_movable_ops_page
-from offload.mm.node import GUP_PIN_COUNTING_BIAS, mark_partially_mapped
+from offload.mm.node import GUP_PIN_COUNTING_BIAS
 from offload.mm.pagetable import PTE_DIRTY, PTE_HWPOISON, PTE_MIGRATION, PTE_SPECIAL, PTE_WRITE
 from offload.scenario_format import DEFAULT_NODES, Fault, expand, folio_order, shown
 from offload.scenario_machine import change_entries, make_machine, not_supported, page_entries, zap
@@ -227,8 +227,6 @@ class FolioLevel:
                 folio.page_flags |= PG_private
                 folio.private = head
                 folio.refcount += 1
-            if given.get("partially_mapped"):       # zapping tells it only of folios that are mapped once
-                mark_partially_mapped(machine.table, head)
             if given.get("pinned"):
                 folio.pincount += 1
                 folio.refcount += 1 if stretch.order else GUP_PIN_COUNTING_BIAS

@@ -579,6 +579,54 @@ class TestProtection:
         world.check()
 
 
+class TestPartiallyMapped:
+    """A large anonymous folio is queued for splitting when a page of it loses its last mapping and others have theirs."""
+
+    def shared(self, world, order):
+        address, (pfn,) = world.map(1, order)
+        return address, pfn, world.process.fork()
+
+    def partial(self, world, pfn):
+        return world.folios.page_flags[pfn] & PG_partially_mapped != 0
+
+    @pytest.mark.parametrize("order", [2, 4, 9])
+    def test_two_processes(self, world, order):
+        """As long as somebody maps each page it is whole, however many entries there are."""
+        address, pfn, child = self.shared(world, order)
+        half = PAGE_SIZE << order - 1
+        world.expected.clear()
+        child.dontneed(address, half)
+        assert not self.partial(world, pfn)
+        world.process.dontneed(address + half, half)
+        assert not self.partial(world, pfn), "each page has one mapping"
+        world.process.dontneed(address, PAGE_SIZE)
+        assert self.partial(world, pfn)
+        assert world.process.move(address + PAGE_SIZE, half - PAGE_SIZE, 1, move_all=True).total("nr_split") == 1
+        world.check()
+
+    def test_the_same_half(self, world):
+        """There are as many entries as pages then, but not of each."""
+        address, pfn, child = self.shared(world, 4)
+        world.expected.clear()
+        for process in (child, world.process):
+            process.dontneed(address, 8 * PAGE_SIZE)
+        assert world.folios.mapcount[pfn] == 16 and self.partial(world, pfn)
+        world.check()
+
+    @pytest.mark.parametrize("pages", [512, 511])
+    def test_the_last_pmd_goes(self, world, pages):
+        address, pfn, child = self.shared(world, 9)
+        child.dontneed(address, PAGE_SIZE)          # of its PTEs now
+        if pages == 512:
+            child.munmap(address, PMD)
+            child = world.process.fork()
+            child.split_pmd(address, PMD)
+        world.expected.clear()
+        world.process.munmap(address, PMD)
+        assert self.partial(world, pfn) == (pages < 512)
+        world.check()
+
+
 class TestZeroPage:
     """Reads of untouched memory map the zero page, a huge one where a folio of that order would fit."""
 

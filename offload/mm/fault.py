@@ -501,7 +501,7 @@ def zap_entry(mem, vma, entry):
         if old & PTE_DIRTY and mem.folios[pfn].mapping > 0:
             folio_mark_dirty(mem, pfn)
         add_rss(mem, area.mm, pfn, -nr_pages)
-        folio_remove_rmap(mem, pfn, vma, huge)
+        folio_remove_rmap(mem, pfn, pte_pfn(old), vma, huge)
         if mem.folios[pfn].page_flags & PG_swapcache and mem.folios[pfn].mapcount == 0:
             folio_free_swap(mem, pfn)               # free_swap_cache()
         folio_put_refs(mem, pfn, 1)

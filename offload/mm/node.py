@@ -23,7 +23,7 @@ from offload.units import MAX_PAGE_ORDER
 
 __all__ = ("alloc_pages_node", "free_pages", "fragment_node", "free_reserved_pages", "folio_put", "folio_put_refs",
            "folio_isolate_lru", "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated",
-           "folio_maybe_dma_pinned", "mark_partially_mapped")
+           "folio_maybe_dma_pinned")
 
 NR_ORDERS = MAX_PAGE_ORDER + 1
 WORD_BITS = 64
@@ -436,13 +436,6 @@ def deferred_split_folio(mem, pfn, partially_mapped):
     if folio.page_flags & PG_deferred_list == 0:
         folio.page_flags |= PG_deferred_list
         mem.nodes[folio.nid].nr_deferred_split += 1
-
-
-@jit_entry
-def mark_partially_mapped(mem_table, pfn):
-    """Some pages of a folio are mapped no more, as the deferred-split queue knows (what zapping finds out by itself only
-    of a folio that is mapped once)."""
-    deferred_split_folio(unpack(mem_table), pfn, True)
 
 
 @jit

@@ -16,7 +16,7 @@ from offload.intrinsics import prefetch_record
 from offload.jit import jit, jit_entry, jit_inline
 from offload.mm.address_space import folio_mark_dirty, swap_duplicate
 from offload.mm.memmap import (
-    PG_dirty, PG_hwpoison, PG_ksm, PG_lru, PG_mlocked, PG_swapbacked, PG_zone_device, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
+    PG_dirty, PG_hwpoison, PG_ksm, PG_lru, PG_mlocked, PG_partially_mapped, PG_swapbacked, PG_zone_device, VM_LOCKED, VM_WRITE, folio_test_anon, page_folio, unpack,
 )
 from offload.mm.node import deferred_split_folio, folio_maybe_dma_pinned, lru_readd
 from offload.units import HPAGE_PMD_ORDER, PAGE_SHIFT
@@ -217,11 +217,11 @@ def folio_add_rmap(mem, folio_pfn, vma, huge):
 
 
 @jit_inline
-def folio_remove_rmap(mem, folio_pfn, vma, huge):
-    """One entry less: mapcount, NR_*_MAPPED with the last; leaving the last VM_LOCKED vma takes the mlocked mark off.
+def folio_remove_rmap(mem, folio_pfn, page, vma, huge):
+    """One entry less, which is gone from the page table already: a PMD leaf if ``huge``, else the PTE of ``page``.
 
-    A large anonymous folio with fewer entries than pages is partially mapped now; it is queued for splitting,
-    which the next migration of it will act upon.
+    mapcount, NR_*_MAPPED with the last; leaving the last VM_LOCKED vma takes the mlocked mark off. A large anonymous folio of
+    which only some pages are mapped now is queued for splitting, which the next migration of it will act upon.
     """
     folio = mem.folios[folio_pfn]
     folio.mapcount -= 1
@@ -233,10 +233,30 @@ def folio_remove_rmap(mem, folio_pfn, vma, huge):
             mem.nodes[folio.nid].nr_anon_mapped -= nr_pages
         else:
             mem.nodes[folio.nid].nr_file_mapped -= nr_pages
-    elif nr_pages > 2 and folio.mapping < 0 and folio.mapcount < nr_pages and folio.entire_mapcount == 0 and not huge:
+    elif nr_pages > 2 and folio.mapping < 0 and folio.entire_mapcount == 0 and folio.page_flags & PG_partially_mapped == 0 \
+            and has_unmapped(mem, folio_pfn, page, page if huge == 0 else folio_pfn + nr_pages - 1):
         deferred_split_folio(mem, folio_pfn, True)
     if mem.vmas[vma].vm_flags & VM_LOCKED and folio.page_flags & PG_mlocked:
         munlock_vma_folio(mem, folio_pfn, vma)
+
+
+@jit
+def has_unmapped(mem, folio_pfn, first, last):
+    """Whether any of pages ``first`` .. ``last`` of a folio is mapped by no PTE (page->_mapcount; there are no PMD leaves)."""
+    for page in range(first, last + 1):
+        mapped = False
+        cursor = rmap_first(mem, folio_pfn)
+        while cursor and not mapped:
+            vma = rmap_vma(mem, folio_pfn, cursor)
+            address = vma_address(mem, vma, mem.folios[folio_pfn].index + page - folio_pfn)
+            if mem.vmas[vma].start <= address < mem.vmas[vma].end:
+                pte = walk_pte(mem, mem.vmas[vma].mm, address)
+                old = mem.tables[pte] if pte else np.int64(0)
+                mapped = old & PTE_PRESENT != 0 and old & PTE_SPECIAL == 0 and pte_pfn(old) == page
+            cursor = rmap_next(mem, folio_pfn, cursor)
+        if not mapped:
+            return True
+    return False
 
 
 @jit
@@ -373,7 +393,7 @@ def try_to_migrate_entry(mem, folio_pfn, vma, entry):
     mem.tables[entry] = old & ~PTE_PRESENT | PTE_MIGRATION
     if folio.page_flags & PG_hwpoison:
         set_hwpoison_entry(mem, folio_pfn, vma, entry)
-    folio_remove_rmap(mem, folio_pfn, vma, old & PTE_HUGE)
+    folio_remove_rmap(mem, folio_pfn, pte_pfn(old), vma, old & PTE_HUGE)
     folio.refcount -= 1                             # never the last: the caller holds the isolation reference
     return True
 
@@ -472,7 +492,7 @@ def try_to_unmap(mem, folio_pfn):
                     entry = folio.private + pte_pfn(old) - folio_pfn
                     set_pte(mem, pte, entry, PTE_SWAP | PTE_SPECIAL | old & (PTE_EXCLUSIVE | PTE_UFFD_WP))
                     swap_duplicate(mem, entry)
-                folio_remove_rmap(mem, folio_pfn, vma, np.int64(0))
+                folio_remove_rmap(mem, folio_pfn, pte_pfn(old), vma, np.int64(0))
                 folio.refcount -= 1
                 add_rss(mem, area.mm, folio_pfn, -1)
             address += 1 << PAGE_SHIFT
