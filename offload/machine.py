@@ -244,15 +244,18 @@ class Machine:
         if self.mem.sys.swap_space[0]:
             raise InvalidInput("there is a swap space already; a machine has one")
         nr_slots = parse_size(size) // PAGE_SIZE + 1            # entry 0 is never used
+        if self.frames is not None:
+            try:
+                self._swap_device = zeros(nr_slots * PAGE_SIZE, np.uint8)
+            except (OSError, MemoryError, OverflowError, ValueError) as error:
+                raise OutOfMemory(f"no room for a swap space of {size} on this host ({error}); make it smaller") from None
+            self.mem.sys.swap_device = self._swap_device.ctypes.data
         mapping = self.new_row("mappings")
         row = self.mem.mappings[mapping]
         row.kind, row.aops = MAPPING_SWAP, AOPS_NAMES["migrate_folio"]
         row.slots, row.nr_slots = len(self.mem.slots), nr_slots
         self._set_mem(self.mem._replace(slots=np.concatenate((self.mem.slots, np.zeros(nr_slots, np.int64))),
                                         swap_map=zeros(nr_slots, np.int64)))
-        if self.frames is not None:
-            self._swap_device = zeros(nr_slots * PAGE_SIZE, np.uint8)
-            self.mem.sys.swap_device = self._swap_device.ctypes.data
         self.mem.sys.swap_space = mapping
 
     def alloc_swap_entries(self, nr):

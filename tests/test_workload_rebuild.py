@@ -11,7 +11,7 @@ from offload.engines import parse_engine
 from offload.errors import OutOfMemory
 from offload.migrators.faulty import FaultyMigrator
 from offload.migrators.mc_copy import McCopy
-from offload.mm.memmap import PG_dirty, PG_mlocked, PG_partially_mapped
+from offload.mm.memmap import PG_dirty, PG_ksm, PG_mlocked, PG_partially_mapped, PG_swapcache
 from offload.workload import rebuild as rebuild_module
 from offload.workload import snapshot as snap
 from offload.workload.migrate_process import move_process, result_of
@@ -180,12 +180,67 @@ class TestState:
         assert result["pages_moved"] == result["pages_skipped"] == 1
 
 
+class TestSwapCache:
+    """Anonymous folios in the swap cache are there again, and move with their entries."""
+
+    @pytest.mark.parametrize("order", [0, 4, 9])
+    def test_each_order(self, order):
+        bits, nr = snap.FOLIO_ANON | snap.FOLIO_SWAPCACHE, 1 << order
+        rebuilt, result = check(make([vma(BASE, 2048)], [(BASE, 0, 0, 0, 0, nr, 1, bits, order),
+                                                         (BASE + M, nr, 0, 1, 0, 1, 1, snap.FOLIO_ANON, 0),
+                                                         (BASE + 2 * M, nr + 1, 0, 2, 0, nr, 1, bits, order)]))
+        assert result["pages_moved"] == 2 * nr + 1
+        mem = rebuilt.machine.mem
+        cached = mem.folios.page_flags & PG_swapcache != 0
+        assert np.count_nonzero(cached) == 2 and sorted(mem.folios.private[cached]) == [1, 1 + nr]
+        assert mem.nodes.nr_swapcache.tolist() == [0, 2 * nr]
+
+    def test_a_reference_too_many_is_seen(self):
+        rebuilt = rebuild(make([vma(BASE, 8)], [(BASE, 0, 0, 0, 0, 1, 1, snap.FOLIO_ANON | snap.FOLIO_SWAPCACHE, 0)]))
+        rebuilt.machine.mem.folios.refcount[rebuilt.folios.pfn] += 1
+        result = result_of(move_process(rebuilt, BATCH))
+        assert reasons(result, "anon") == {"-EAGAIN: references that nothing explains": 1}
+
+
+class TestKsm:
+    """Merged pages are one page again, wherever the process and others map it."""
+
+    BITS = snap.FOLIO_ANON | snap.FOLIO_KSM
+
+    def snapshot(self, mapcount, bits=BITS):
+        rows = [(at, 0, number, 0, 0, 1, mapcount, bits, 0)
+                for at, number in ((BASE + 4096, 0), (BASE + 5 * 4096, 0), (BASE + M, 1))]
+        return make([vma(BASE, 8), vma(BASE + M, 8, "file", prot="rw")],
+                    [*rows, (BASE, 1, 0, 3, 0, 1, 1, snap.FOLIO_ANON, 0)])
+
+    @pytest.mark.parametrize("mapcount, helpers", [(3, 0), (5, 2), (300, 5)])
+    @pytest.mark.parametrize("bits", [BITS, BITS | snap.FOLIO_SWAPCACHE])
+    def test_every_mapping_follows(self, mapcount, helpers, bits):
+        rebuilt, result = check(self.snapshot(mapcount, bits), move_all=True)
+        assert result["pages_seen"] == result["pages_moved"] == 2 and len(rebuilt.helpers) == helpers
+        folios = rebuilt.machine.mem.folios
+        (pfn,) = np.flatnonzero(folios.page_flags & PG_ksm)
+        assert folios.nid[pfn] == 1 and folios.mapcount[pfn] == 3 + helpers
+        everywhere = [*((rebuilt.process, BASE + at) for at in (4096, 5 * 4096, M)), *((one, BASE + 4096) for one in rebuilt.helpers)]
+        assert {rebuilt.machine.folios_of(process, at, 4096)[0] for process, at in everywhere} == {pfn}
+
+    def test_shared_with_itself(self):
+        _, result = check(self.snapshot(3))
+        assert result["pages_moved"] == 1 and next(iter(reasons(result, "anon"))).startswith("-EACCES")
+
+    def test_a_write_takes_a_copy(self):
+        rebuilt, _ = check(self.snapshot(3))
+        before = rebuilt.process.read(BASE + M, 4096)
+        rebuilt.process.write(BASE + 4096, b"x")
+        assert rebuilt.process.read(BASE + M, 4096) == before
+        rebuilt.machine.validate()
+
+
 class TestSkipped:
     """What is not rebuilt is counted with its reason."""
 
     @pytest.mark.parametrize("kind, bits, word", [
-        ("anon", snap.FOLIO_ZERO_PAGE, "zero page"), ("anon", snap.FOLIO_ANON | snap.FOLIO_KSM, "KSM"),
-        ("anon", snap.FOLIO_ANON | snap.FOLIO_SWAPCACHE, "swap cache"), ("hugetlb", snap.FOLIO_HUGETLB, "hugetlb"),
+        ("anon", snap.FOLIO_ZERO_PAGE, "zero page"), ("hugetlb", snap.FOLIO_HUGETLB, "hugetlb"), ("file", snap.FOLIO_KSM, "KSM"),
         ("anon", snap.FOLIO_ANON | snap.FOLIO_HWPOISON, "poisoned"), ("shmem", snap.FOLIO_ANON, "shared mapping")])
     def test_kinds(self, kind, bits, word):
         _, result = check(make([vma(BASE, 4, kind)], [(BASE, 0, 0, 0, 0, 1, 1, bits, 0)]))
@@ -283,7 +338,10 @@ def snapshots(draw):
             first = draw(strategies.integers(0, (1 << order) - 1))
             nr = draw(strategies.integers(1, (1 << order) - first))
             bits = draw(strategies.sampled_from((0, snap.FOLIO_DIRTY, snap.FOLIO_ACTIVE | snap.FOLIO_REFERENCED)))
-            bits |= snap.FOLIO_ANON if kind == "anon" else np.uint32(0)
+            if kind == "anon":
+                bits |= snap.FOLIO_ANON | draw(strategies.sampled_from((0, 0, snap.FOLIO_SWAPCACHE)))
+                if order == 0:
+                    bits |= draw(strategies.sampled_from((0, 0, snap.FOLIO_KSM)))
             rows.append((at + first * 4096, page, number, len(rows), first, nr, draw(strategies.integers(0, 10)), bits, order))
             page += nr
             at += 4096 << order

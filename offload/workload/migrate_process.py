@@ -14,7 +14,7 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.jit import COMPILE_S, JIT_DISABLED, cache_folder, exit_on_interrupt
-from offload.mm.memmap import FIRST_PFN, PG_locked, PG_writeback
+from offload.mm.memmap import FIRST_PFN, PG_locked, PG_swapcache, PG_writeback
 from offload.syscalls import NOT_WRITTEN
 from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_size
 from offload.workload import snapshot as snap
@@ -157,7 +157,8 @@ def _outcomes(rebuilt, status):
     orders = mem.orders[pfns[left]].astype(np.int64)
     heads = pfns[left] >> orders << orders
     row = mem.folios[heads]
-    expected = np.where(row.mapping > 0, np.int64(1) << orders, 0) + row.mapcount
+    caches = (row.mapping > 0).astype(np.int64) + (row.page_flags & PG_swapcache != 0)
+    expected = (caches << orders) + row.mapcount
     for which, text in ((row.page_flags & PG_locked != 0, "-EAGAIN: locked by somebody else"),
                         (row.page_flags & PG_writeback != 0, "-EBUSY: under writeback"),
                         (row.refcount > expected, "-EAGAIN: references that nothing explains"),

@@ -14,11 +14,13 @@ How a folio of the snapshot is rebuilt. The rules are:
 * mapped by other processes too (mapcount): mapped by helper processes as well, MAX_MAPPERS mappings at most; what
   counts for move_pages(2) is whether there is more than one. Helpers map the file, or the same addresses through the
   same anon_vma as after a fork. They map whole folios, since how much others map of one cannot be seen.
+* merged pages (KSM): one page with a stable node, mapped at all of the process's addresses that had it. Helpers map it at the
+  first of them.
+* anonymous pages in the swap cache: there again, with an entry of a swap space made for them.
 
-Not rebuilt, with a reason for each (`Rebuilt.skipped`): huge pages of hugetlb, merged pages (KSM), pages in the swap
-cache, poisoned pages, the zero page, what is swapped out, and mappings of devices or of the kernel. Left out without
-mention: private data of file systems (buffer heads: one more reference that a move takes along), writeback, and mlock
-by other processes than this.
+Not rebuilt, with a reason for each (`Rebuilt.skipped`): huge pages of hugetlb, poisoned pages, the zero page, what is
+swapped out, and mappings of devices or of the kernel. Left out without mention: private data of file systems (buffer heads:
+one more reference that a move takes along), writeback, and mlock by other processes than this.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ from offload.errors import OutOfMemory
 from offload.jit import jit, jit_entry
 from offload.kernels.cpu import copy_bytes
 from offload.machine import Machine, MachineConfig, NodeConfig
-from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty
+from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio
 from offload.mm.fault import lookup_page
 from offload.mm.frames import POISON, frame_address, zero_frames
 from offload.mm.memmap import (
@@ -64,6 +66,8 @@ PLAN_DTYPE = np.dtype([(name, np.int64) for name in (
     "first_run", "nr_runs", "nr_mapped",    # nr_mapped: distinct pages
     "page_flags", "dirty", "partially_mapped",
     "extra",                        # helper processes that map it
+    "ksm",                          # 1: a merged page, in each of its runs
+    "swap_entry",                   # 0: not in the swap cache
     "pfn",                          # where it was built
 )], align=True)
 """One folio to build."""
@@ -129,8 +133,10 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", co
     machine = _machine(snapshot, nr_pages, poison, batch_pages=batch_pages, protocol=protocol, copy_kernel=copy_kernel)
     process = machine.process(snapshot.comm or f"pid {snapshot.pid}")
     _map_vmas(machine, process, snapshot, plan)
+    _swapon(machine, plan)
     _build(machine, process, snapshot, plan, nr_pages, progress)
     helpers = _share(machine, process, plan)
+    _merge(machine, plan)
     machine.lru_add_drain()
     _touch(machine, nr_pages)
     return Rebuilt(machine, process, helpers, snapshot, plan.folios, plan.runs, plan.pages, skipped.result(plan.pages.row),
@@ -142,8 +148,7 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", co
 REASONS = {
     "zero": "the zero page, which is never migrated (-EFAULT)",
     "hugetlb": "hugetlb is not supported yet",
-    "ksm": "merged pages (KSM) are not supported yet",
-    "swapcache": "pages in the swap cache are not supported yet",
+    "not_ksm": "called merged (KSM), and not an anonymous base page",
     "hwpoison": "hardware-poisoned",
     "torn": "the process changed under the reader: another page has its place in the file",
     "contradiction": "an anonymous page in a shared mapping: no process has that",
@@ -221,8 +226,7 @@ def _runs(snapshot, skipped):
     for reason, bad in (
             ("zero", lambda: runs["bits"] & snap.FOLIO_ZERO_PAGE != 0),
             ("hugetlb", lambda: (runs["bits"] & snap.FOLIO_HUGETLB != 0) | of_vma([vma.kind == "hugetlb" for vma in vmas])),
-            ("ksm", lambda: runs["bits"] & snap.FOLIO_KSM != 0),
-            ("swapcache", lambda: runs["bits"] & snap.FOLIO_SWAPCACHE != 0),
+            ("not_ksm", lambda: (runs["bits"] & snap.FOLIO_KSM != 0) & ((runs["bits"] & snap.FOLIO_ANON == 0) | (runs["order"] > 0))),
             ("hwpoison", lambda: runs["bits"] & snap.FOLIO_HWPOISON != 0),
             ("contradiction", lambda: (runs["bits"] & snap.FOLIO_ANON != 0) & of_vma(
                 [vma.shared and vma.kind != "anon" for vma in vmas])),
@@ -296,6 +300,7 @@ def _plan_folios(snapshot, given, skipped):
     scattered = index < 0
     scattered |= (space >= 0) & (index & (np.int64(1) << column["order"]) - 1 != 0)
     scattered[1:] |= same & (disagree | overlap)
+    scattered &= column["bits"] & int(snap.FOLIO_KSM) == 0          # one page at several addresses
     bad = np.zeros(int(folio.max()) + 1 if len(folio) else 0, bool)
     bad[folio[scattered]] = True
     loose = bad[folio]
@@ -455,6 +460,10 @@ def _finish_plan(snapshot, column, folio, index, space, file_of_vma, nr_files, p
     folios.page_flags = np.where(some(snap.FOLIO_REFERENCED), PG_referenced, 0) | np.where(some(snap.FOLIO_ACTIVE),
                                                                                           PG_active, 0)
     folios.dirty = some(snap.FOLIO_DIRTY)
+    folios.ksm = some(snap.FOLIO_KSM)
+    cached = some(snap.FOLIO_SWAPCACHE) & (folios.kind == 0)
+    folios.swap_entry = np.where(cached, np.cumsum(np.where(cached, np.int64(1) << folios.order, 0)), 0)
+    folios.swap_entry -= np.where(cached, (np.int64(1) << folios.order) - 1, 0)     # counted from 1, as swap entries are
     whole = folios.nr_mapped == np.int64(1) << folios.order
     folios.partially_mapped = ~whole & (folios.kind == 0) & (folios.order > 1) & (folios.extra == 0)
     plan.nr_partial = int(folios.partially_mapped.sum())
@@ -516,10 +525,11 @@ def _map_vmas(machine, process, snapshot, plan):
     first = plan.runs.vma[plan.folios.first_run] if len(plan.folios) else np.zeros(0, np.int64)
     plan.folios.mapping = np.where(plan.folios.kind == 0, -mem.vmas.anon_vma[first], mem.vmas.mapping[first])
     plan.pages.mapping = np.where(plan.pages.kind == 0, 0, plan.folios.mapping[plan.pages.folio])
-    # A folio across VMAs must be found in each of them.
+    # A folio across VMAs must be found in each of them; a merged one is through its stable node.
     folio = np.repeat(np.arange(len(plan.folios)), plan.folios.nr_runs)
     anon = (plan.folios.kind[folio] == 0)
-    pairs = np.unique(plan.runs.vma[anon] << 32 | -plan.folios.mapping[folio[anon]])
+    linked = anon & (plan.folios.ksm[folio] == 0)
+    pairs = np.unique(plan.runs.vma[linked] << 32 | -plan.folios.mapping[folio[linked]])
     for vma, anon_vma in zip((pairs >> 32).tolist(), (pairs & 0xffffffff).tolist()):
         if mem.vmas.anon_vma[vma] != anon_vma:
             machine.link_anon_vma(vma, anon_vma, owner=False)
@@ -556,6 +566,23 @@ def _reserve(machine, addresses, nr_pages):
     leaves = np.unique(_expand(first, last - first + 1))
     nr_tables = len(leaves) + len(np.unique(leaves >> 9)) + len(np.unique(leaves >> 18)) + 1
     machine.reserve_tables(nr_tables * PMD_SIZE)
+
+
+def _swapon(machine, plan):
+    # A swap space whose entries are all of the folios that are in the swap cache.
+    cached = plan.folios[plan.folios.swap_entry > 0]
+    if len(cached):
+        nr = int((np.int64(1) << cached.order).sum())
+        machine.swapon(nr * PAGE_SIZE)
+        machine.alloc_swap_entries(nr)
+
+
+def _merge(machine, plan):
+    # What is mapped already as ordinary anonymous pages becomes merged pages.
+    for one in np.flatnonzero(plan.folios.ksm):
+        folio = plan.folios[one]
+        runs = plan.runs[folio.first_run:folio.first_run + folio.nr_runs]
+        machine.make_ksm(int(folio.pfn), list(zip(runs.vma.tolist(), runs.address.tolist())))
 
 
 _PIECE_PAGES = 1 << 15
@@ -599,7 +626,8 @@ def _share(machine, process, plan):
         return ()
     # One line per (folio, VMA of ours); a file is mapped as a whole, wherever.
     folio = np.repeat(np.arange(len(folios)), folios.nr_runs)
-    pairs = np.unique(folio << 32 | np.where(folios.kind[folio] == 0, runs.vma, 0))
+    first_only = (folios.ksm[folio] == 0) | (np.arange(len(runs)) == folios.first_run[folio])
+    pairs = np.unique((folio << 32 | np.where(folios.kind[folio] == 0, runs.vma, 0))[first_only])
     for level in range(int(folios.extra.max())):
         wanted = pairs[folios.extra[pairs >> 32] > level]
         folio, vma = wanted >> 32, wanted & 0xffffffff
@@ -726,6 +754,8 @@ def build_folios(mem_table, folios, first, last, runs, data, nid):
             folio_mark_dirty(mem, pfn)
         if plan.partially_mapped:
             deferred_split_folio(mem, pfn, True)
+        if plan.swap_entry:
+            swap_cache_add_folio(mem, pfn, plan.swap_entry)
         folio_add_lru(mem, pfn)
         folio_put_refs(mem, pfn, 1)                 # the allocation's
     return last
