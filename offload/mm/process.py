@@ -11,7 +11,8 @@ import numpy as np
 
 from offload.errors import BadAddress, Busy, InvalidInput, OutOfMemory, WouldHang
 from offload.mm.fault import (
-    access, change_protection, copy_page_range, fill_page_cache, map_pfn_range, move_page_tables, populate, split_pmds, zap_range,
+    access, change_protection, copy_page_range, fill_page_cache, map_pfn_range, move_page_tables, populate, populate_anonymous,
+    split_pmds, zap_range,
 )
 from offload.mm.gup import get_user_page, put_user_page
 from offload.mm.madvise import madvise_cold, madvise_free, writeback_range
@@ -502,7 +503,12 @@ class Process:
     def _populate(self, vma, start, end, write):
         machine = self.machine
         machine.reserve_tables(end - start)
-        reached, rc = populate(machine.table, vma, start, end, write)
+        row = machine.mem.vmas[vma]
+        reached, rc = start, 0
+        if row.mapping == 0 and row.vm_flags & VM_HUGETLB == 0 and not self._refuses(vma, write):
+            reached, rc = populate_anonymous(machine.table, vma, start, end, write)
+        if rc == 0 and reached < end:
+            reached, rc = populate(machine.table, vma, reached, end, write)
         if rc:
             self._complain(vma, int(reached), rc, write)
 
