@@ -27,7 +27,7 @@ from offload.migrate.batch_copy import batch_copy_needs_migrator, mark_copied_fo
 from offload.migrate.call import (
     DONE, L_BACK, L_BATCH, L_FROM, L_ONE, L_RET, L_SPLIT, STEP_BATCH_COPIED, STEP_FLUSH, STEP_FLUSHED, STEP_MOVE,
     STEP_MOVE_FAILED, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
-    step_after, step_before,
+    move_list, step_after, step_before,
 )
 from offload.migrate.move import migrate_folio_move
 from offload.migrate.split import try_split_folio
@@ -47,12 +47,12 @@ from offload.units import (
     NR_MAX_MIGRATE_SYNC_RETRY, PAGE_SHIFT, RULES_6_12,
 )
 
-__all__ = ("batch_begin", "migrate_pages_batch", "sync_begin", "migrate_pages_sync")
+__all__ = ("batch_begin", "migrate_pages_batch", "sync_begin", "sync_next")
 
 # Where a batch stands, in ``call.state.batch_at``.
 BATCH_UNMAP, BATCH_FLUSH, BATCH_COPY, BATCH_COPIED, BATCH_MOVE, BATCH_UNDO, BATCH_DONE = range(7)
-# Where a synchronous batch stands, in ``call.state.sync_at``.
-SYNC_ASYNC_STAGE, SYNC_NEXT_FOLIO, SYNC_FOLIO = range(3)
+# Which stage of migrate_pages_sync() a batch is, in ``call.state.sync_at``.
+SYNC_ASYNC_STAGE, SYNC_FOLIO = range(2)
 
 
 AHEAD = 24                          # folios: how far the page-table entries are asked for before they are unmapped
@@ -93,7 +93,7 @@ def is_thp(mem, pfn):
     return np.int64(folio.order >= HPAGE_PMD_ORDER and folio.page_flags & PG_hugetlb == 0)
 
 
-@jit
+@jit_once
 def migrate_pages_batch(mem, call):
     """Migrate the folios of one list. 0 when through, with ``batch_rc`` set, or a STOP_* number.
 
@@ -164,7 +164,7 @@ def find_entry(mem, call, src):
         mem.folios[src].migrate_info = entry
 
 
-@jit_once
+@jit
 def unmap_phase(mem, call):
     """Phase 1: up to ``passes`` passes of unmapping. 0, or STOP_STEP."""
     c = call.state[0]
@@ -324,7 +324,7 @@ def prefetch_pair(mem, call):
         prefetch_free_bits(mem, src)
 
 
-@jit_once
+@jit
 def move_phase(mem, call):
     """Phase 2: up to ``passes`` passes over the pairs. 0, or STOP_STEP."""
     c = call.state[0]
@@ -383,7 +383,7 @@ def move_phase(mem, call):
     return DONE
 
 
-@jit_once
+@jit
 def undo_phase(mem, call):
     """Restore the pairs that ended in -EAGAIN (migrate_folios_undo()). 0, or STOP_STEP."""
     c = call.state[0]
@@ -414,55 +414,38 @@ def sync_begin(mem, call):
     batch_begin(mem, call, MIGRATE_ASYNC, L_BATCH, L_BACK, L_SPLIT, NR_MAX_MIGRATE_ASYNC_RETRY)
 
 
-@jit_once
-def migrate_pages_sync(mem, call):
-    """The whole batch asynchronously, then what is left one by one in the caller's mode. 0 with ``batch_rc``, or STOP_*.
+@jit
+def sync_next(mem, call):
+    """What migrate_pages_sync() does after a batch of its: whether it is through, with ``batch_rc``; if not, the next is set up.
 
-    What fails in the first stage is tried again and does not count, except folios that were split.
+    What fails in the first stage is tried again, one by one in the caller's mode, and does not count, except folios that
+    were split.
     """
     c = call.state[0]
-    while True:
-        if c.sync_at == SYNC_ASYNC_STAGE:
-            stop = migrate_pages_batch(mem, call)
-            if stop:
-                return stop
-            back = call.lists[L_BACK]
-            if c.batch_rc < 0:
-                for i in range(back.nr):
-                    list_add_tail(call, L_RET, call.pfns[back.first + i])
-                back.nr = 0
-                return DONE
-            c.nr_failed_pages = c.nr_failed_pages_before
-            c.nr_thp_failed = c.nr_thp_failed_before + c.nr_thp_split - c.nr_thp_split_before
-            c.sync_failed = c.nr_split - c.nr_split_before
-            for i in range(back.nr):
-                list_add_tail(call, L_BATCH, call.pfns[back.first + i])
-            back.nr = 0
-            c.sync_i = 0
-            c.sync_at = SYNC_NEXT_FOLIO
-        elif c.sync_at == SYNC_NEXT_FOLIO:
-            batch = call.lists[L_BATCH]
-            if c.sync_i == batch.nr:
-                batch.nr = 0
-                c.batch_rc = c.sync_failed
-                return DONE
-            list_add_tail(call, L_ONE, call.pfns[batch.first + c.sync_i])
-            c.sync_i += 1
-            batch_begin(mem, call, c.mode, L_ONE, L_RET, L_SPLIT, NR_MAX_MIGRATE_SYNC_RETRY)
-            c.sync_at = SYNC_FOLIO
-        else:
-            stop = migrate_pages_batch(mem, call)
-            if stop:
-                return stop
-            one = call.lists[L_ONE]
-            for i in range(one.nr):
-                list_add_tail(call, L_RET, call.pfns[one.first + i])
-            one.nr = 0
-            if c.batch_rc < 0:                      # the folios not tried yet stay on L_BATCH
-                batch = call.lists[L_BATCH]
-                for i in range(c.sync_i, batch.nr):
-                    call.pfns[batch.first + i - c.sync_i] = call.pfns[batch.first + i]
-                batch.nr -= c.sync_i
-                return DONE
-            c.sync_failed += c.batch_rc
-            c.sync_at = SYNC_NEXT_FOLIO
+    batch = call.lists[L_BATCH]
+    if c.sync_at == SYNC_ASYNC_STAGE:
+        if c.batch_rc < 0:
+            move_list(call, L_BACK, L_RET)
+            return True
+        c.nr_failed_pages = c.nr_failed_pages_before
+        c.nr_thp_failed = c.nr_thp_failed_before + c.nr_thp_split - c.nr_thp_split_before
+        c.sync_failed = c.nr_split - c.nr_split_before
+        move_list(call, L_BACK, L_BATCH)
+        c.sync_i = 0
+        c.sync_at = SYNC_FOLIO
+    else:
+        move_list(call, L_ONE, L_RET)
+        if c.batch_rc < 0:                          # the folios not tried yet stay on L_BATCH
+            for i in range(c.sync_i, batch.nr):
+                call.pfns[batch.first + i - c.sync_i] = call.pfns[batch.first + i]
+            batch.nr -= c.sync_i
+            return True
+        c.sync_failed += c.batch_rc
+    if c.sync_i == batch.nr:
+        batch.nr = 0
+        c.batch_rc = c.sync_failed
+        return True
+    list_add_tail(call, L_ONE, call.pfns[batch.first + c.sync_i])
+    c.sync_i += 1
+    batch_begin(mem, call, c.mode, L_ONE, L_RET, L_SPLIT, NR_MAX_MIGRATE_SYNC_RETRY)
+    return False

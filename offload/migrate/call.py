@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offload.jit import JIT_DISABLED, jit_inline
+from offload.jit import JIT_DISABLED, jit, jit_inline
 from offload.mm.memmap import records, zeros
 from offload.table import make_unpack
 from offload.units import HPAGE_PMD_NR, NUMA_NO_NODE
 
-__all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "TargetControl", "make_call", "unpack_call", "list_add_tail", "node_mask")
+__all__ = ("CALL_DTYPE", "LIST_DTYPE", "Call", "TargetControl", "make_call", "unpack_call", "list_add_tail", "move_list",
+           "node_mask")
 
 # --- why a compiled function came back ------------------------------------------------------------------------
 
@@ -176,6 +177,15 @@ def list_add_tail(call, which, pfn):
     at = call.lists[which]
     call.pfns[at.first + at.nr] = pfn
     at.nr += 1
+
+
+@jit
+def move_list(call, which, to):
+    """Append all of one list to another (list_splice_tail_init())."""
+    frm = call.lists[which]
+    for i in range(frm.nr):
+        list_add_tail(call, to, call.pfns[frm.first + i])
+    frm.nr = 0
 
 
 @jit_inline

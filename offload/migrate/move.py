@@ -70,19 +70,26 @@ def folio_migrate_mapping(mem, dst, src, expected):
     Kernel: __folio_migrate_mapping().
     """
     old, new = mem.folios[src], mem.folios[dst]
+    if old.mapping > 0 or old.page_flags & PG_swapcache:
+        return folio_migrate_page_cache(mem, dst, src, expected)
+    # anon, not in the swap cache: no index to fix
+    if old.order and old.page_flags & PG_large_rmappable:
+        if not folio_ref_freeze(mem, src, expected):
+            return -EAGAIN
+        folio_unqueue_deferred_split(mem, src)
+        mem.mthp_nr_anon[old.order] += old.mapping < 0
+    new.index = old.index
+    new.mapping = old.mapping
+    new.page_flags |= old.page_flags & PG_swapbacked
+    return 0
+
+
+@jit
+def folio_migrate_page_cache(mem, dst, src, expected):
+    """folio_migrate_mapping() of a folio in the page cache or the swap cache, where its slots are to hold ``dst``."""
+    old, new = mem.folios[src], mem.folios[dst]
     if old.page_flags & PG_swapcache:
         return folio_migrate_swap_cache(mem, dst, src, expected)
-    if old.mapping <= 0:                            # anon, not in the swap cache: no index to fix
-        if old.order and old.page_flags & PG_large_rmappable:
-            if not folio_ref_freeze(mem, src, expected):
-                return -EAGAIN
-            folio_unqueue_deferred_split(mem, src)
-            mem.mthp_nr_anon[old.order] += old.mapping < 0
-        new.index = old.index
-        new.mapping = old.mapping
-        new.page_flags |= old.page_flags & PG_swapbacked
-        return 0
-
     nr_pages = np.int64(1) << old.order
     if not folio_ref_freeze(mem, src, expected):
         return -EAGAIN
@@ -104,7 +111,7 @@ def folio_migrate_mapping(mem, dst, src, expected):
     return 0
 
 
-@jit
+@jit_once
 def folio_migrate_swap_cache(mem, dst, src, expected):
     """folio_migrate_mapping() of a folio in the swap cache: its slots hold ``dst``, which has its swap entry.
 

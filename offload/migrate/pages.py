@@ -13,10 +13,10 @@ from offload.copy_offload import FolioBatch
 from offload.errors import InvalidInput, WouldHang
 from offload.intrinsics import read_clocks
 from offload.jit import jit, jit_entry
-from offload.migrate.batch import batch_begin, migrate_pages_batch, migrate_pages_sync, sync_begin
+from offload.migrate.batch import batch_begin, migrate_pages_batch, sync_begin, sync_next
 from offload.migrate.call import (
     CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_CALLBACK, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
-    make_call, unpack_call,
+    make_call, move_list, unpack_call,
 )
 from offload.migrate.hugetlb import HUGETLB_FIRST, migrate_hugetlbs
 from offload.mm.memmap import PG_hugetlb, unpack
@@ -43,33 +43,38 @@ def migrate_pages_run(mem_table, call_table):
             else:
                 sync_begin(mem, call)
             c.pages_at = PAGES_BATCH
-        elif c.pages_at == PAGES_BATCH:
-            stop = migrate_pages_batch(mem, call) if c.mode == MIGRATE_ASYNC else migrate_pages_sync(mem, call)
-            if stop:
-                return stop
-            move_list(call, L_BATCH, L_RET)
-            if c.batch_rc < 0:
-                c.total = c.batch_rc
-                move_list(call, L_SPLIT, L_RET)     # pieces not tried, not counted
-                c.pages_at = PAGES_END
-                continue
-            c.total += c.batch_rc
-            if call.lists[L_SPLIT].nr:              # pieces are tried once, whatever the mode
-                batch_begin(mem, call, MIGRATE_ASYNC, L_SPLIT, L_RET, -1, 1)
-                c.pages_at = PAGES_SPLIT
-            else:
-                c.pages_at = next_batch(call)
-        elif c.pages_at == PAGES_SPLIT:
+        elif c.pages_at == PAGES_BATCH or c.pages_at == PAGES_SPLIT:
             stop = migrate_pages_batch(mem, call)
             if stop:
                 return stop
-            move_list(call, L_SPLIT, L_RET)
-            c.pages_at = next_batch(call)
+            if c.pages_at == PAGES_SPLIT:
+                move_list(call, L_SPLIT, L_RET)
+                c.pages_at = next_batch(call)
+            elif c.mode == MIGRATE_ASYNC or sync_next(mem, call):
+                batch_over(mem, call)
         elif c.pages_at == PAGES_END:
             finish(mem, call)
             c.pages_at = PAGES_DONE
         else:
             return DONE
+
+
+@jit
+def batch_over(mem, call):
+    """Add a batch that is through to the call's total, and set up the migration of the pieces that it split off."""
+    c = call.state[0]
+    move_list(call, L_BATCH, L_RET)
+    if c.batch_rc < 0:
+        c.total = c.batch_rc
+        move_list(call, L_SPLIT, L_RET)             # pieces not tried, not counted
+        c.pages_at = PAGES_END
+        return
+    c.total += c.batch_rc
+    if call.lists[L_SPLIT].nr:                      # pieces are tried once, whatever the mode
+        batch_begin(mem, call, MIGRATE_ASYNC, L_SPLIT, L_RET, -1, 1)
+        c.pages_at = PAGES_SPLIT
+    else:
+        c.pages_at = next_batch(call)
 
 
 @jit
@@ -93,15 +98,6 @@ def cut_batch(mem, call):
             continue
         nr_pages += np.int64(1) << np.int64(mem.orders[src])
         list_add_tail(call, L_BATCH, src)
-
-
-@jit
-def move_list(call, which, to):
-    """Append all of one list to another (list_splice_tail_init())."""
-    frm = call.lists[which]
-    for i in range(frm.nr):
-        list_add_tail(call, to, call.pfns[frm.first + i])
-    frm.nr = 0
 
 
 @jit
