@@ -34,9 +34,9 @@ __all__ = ("JIT_DISABLED", "COMPILE_S", "jit", "jit_inline", "jit_once", "jit_en
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
-COMPILE_S = 35
+COMPILE_S = 40
 """About how long compiling takes with an empty cache, in seconds: announced, nothing else. The first migration in a fresh
-cache took 57 s on two cores of a virtual EPYC (Zen 3) at a slow hour, in which an older core took 41 s instead of 36."""
+cache took 36 to 41 s of CPU on a virtual EPYC (Zen 3) beside other work."""
 
 _KEEP_FOLDERS = 4
 
