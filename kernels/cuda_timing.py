@@ -116,10 +116,13 @@ class CudaTimer:
 
 
 class PinnedRows:
-    """Frames in pinned memory: DeviceRows' members. CudaError if there is no room."""
+    """Frames in pinned memory: DeviceRows' members. OutOfMemory if there is no room."""
 
     def __init__(self, device, nr_frames):
-        self._memory = PinnedMemory(device, nr_frames * FRAME_SIZE)
+        try:
+            self._memory = PinnedMemory(device, nr_frames * FRAME_SIZE)
+        except CudaError as error:
+            raise OutOfMemory(f"no room for {format_size(nr_frames * FRAME_SIZE)} of pinned memory ({error}); use a smaller --size") from None
         self.nbytes, self.base = self._memory.nbytes, self._memory.address
         self._rows = self._memory.view().reshape(-1, FRAME_SIZE)
 

@@ -3,7 +3,8 @@
 What ``auto`` goes by. Nothing in the kernel does this; it stands for the person who would try every migrator first. Leaves
 out what else runs on the device: the times are those of an idle one.
 
-*What is measured*: a CopyBackend's whole copy() call, planning and waiting included, for batches of folios of one size, in
+*What is measured*: a CopyBackend's whole copy() call, planning and waiting included, but not the check for overlaps, which is
+alike for all of a GPU's; for batches of folios of one size, in
 random order, over memory of the two placements. For each cell (folio order, number of folios) the median of five, the
 engines taking turns. A direction is measured when it is first asked for.
 
@@ -26,9 +27,10 @@ import numpy as np
 
 from offload.errors import EngineUnavailable, OffloadError
 from offload.jit import cache_root, source_hash
+from offload.kernels import cuda
 from offload.kernels.base import FRAME_SHIFT, CopyPlan
 from offload.kernels.cpu import CpuBackend
-from offload.kernels.cuda import SOURCE, nvidia_driver, open_device, probe, version_text, why_not
+from offload.kernels.cuda import SOURCE, nvidia_driver, open_device, version_text, why_not
 from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import DeviceRows, PinnedRows
@@ -55,7 +57,7 @@ def say_on_stderr(line):
 def open_calibration():
     """The Calibration of this machine's device. EngineUnavailable with the reason if there is none."""
     device = open_device()
-    makers = {"cuda-loop:1" if way == "cuda-loop" else way: functools.partial(CudaBackend, device, way)
+    makers = {"cuda-loop:1" if way == "cuda-loop" else way: functools.partial(CudaBackend, device, way, check=False)
               for way in WAYS if why_not(way) is None}
     makers[CPU] = functools.partial(CpuBackend, "stream")
     name = re.sub("[^A-Za-z0-9]+", "-", device.name).strip("-")
@@ -64,7 +66,7 @@ def open_calibration():
 
 def holds_for(device):
     """What times hold for, as the file has it."""
-    return {"device": device.name, "cuda": version_text(probe().driver), "driver": nvidia_driver(),
+    return {"device": device.name, "cuda": version_text(cuda.probe().driver), "driver": nvidia_driver(),
             "kernel": hashlib.sha256(SOURCE.read_bytes()).hexdigest(), "sources": source_hash()}
 
 

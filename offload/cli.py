@@ -85,6 +85,43 @@ def bench(
     return 1 if unverified(result) else 0
 
 
+@app.command("bench-engine")
+def bench_engine(
+        folios: Annotated[int, typer.Option(help="Folios in the batch.")] = 100_000,
+        size: Annotated[str, typer.Option(help="Bytes in the batch at most, such as 1G: larger folios are fewer.")] = "1G",
+        orders: Annotated[str, typer.Option(help="Folio orders, 0 (4K) to 9 (2M).")] = "0,4,9",
+        engines: Annotated[str | None, typer.Option(help="Engines; see offload engines. Left out: those that are here.")] = None,
+        nodes: Annotated[list[str] | None, typer.Option(metavar="FROM,TO", help="Where the frames lie: two of host, pinned, device. May "
+                        "be given several times. Left out: every pair that the GPU reaches, or host,host.")] = None,
+        repeat: Annotated[int, typer.Option(help="Timed runs of each cell.")] = 5,
+        warmup: Annotated[int, typer.Option(help="Runs before them that are not timed.")] = 1,
+        seed: Annotated[int, typer.Option(help="Of the random bytes and the order of the folios.")] = 0,
+        migration: Annotated[bool, typer.Option(help="Also migrate the same folios, with both batch limits.")] = True,
+        json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the result; - is standard output, then "
+                                                                        "without the tables.")] = None):
+    """Copy one large batch with each engine alone, and show its times beside the ceilings of the device.
+
+    Exit status 1 if not every byte arrived.
+    """
+    from offload.experiment.alone import AloneConfig, run_alone
+    from offload.experiment.alone_tables import alone_tables, unverified_cells
+    from offload.experiment.progress import progress
+    from offload.report import console, json_target, write_json
+
+    config = AloneConfig.parse(folios=folios, size=size, orders=orders, engines=engines, nodes=nodes or (), repeat=repeat, warmup=warmup,
+                               seed=seed, migration=migration)
+    json_target(json)
+    with progress(config.steps) as step:
+        result = run_alone(config, step=step)
+    if json != "-":
+        out = console()
+        for part in alone_tables(result):
+            out.print(part, soft_wrap=isinstance(part, str))
+    if json:
+        write_json(json, result)
+    return 1 if unverified_cells(result) else 0
+
+
 @app.command()
 def migrate(
         file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="What offload snapshot wrote.")] = None,

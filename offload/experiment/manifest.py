@@ -1,6 +1,7 @@
 """The manifest of a result: what it ran on, as far as this host tells. What it cannot tell is None."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import platform
@@ -11,8 +12,10 @@ import numpy as np
 
 import offload.units
 from offload.jit import JIT_DISABLED
+from offload.kernels import cuda
+from offload.kernels.cuda import SOURCE, nvidia_driver, version_text
 
-__all__ = ("host_manifest",)
+__all__ = ("host_manifest", "gpu_manifest")
 
 
 def host_manifest():
@@ -25,6 +28,14 @@ def host_manifest():
         "governor": read_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
     }
+
+
+def gpu_manifest():
+    """The device that CUDA engines use, its software and our kernel; or why there is none, in ``reason``, and None for the rest."""
+    found = cuda.probe()
+    return {"reason": found.reason, "device": found.device, "capability": found.capability and list(found.capability), "sms": found.nr_sms,
+            "cuda": found.driver and version_text(found.driver), "driver": nvidia_driver(), "cupy": found.cupy, "nvrtc": found.nvrtc,
+            "batch_call": found.batch_call, "kernel": SOURCE.name, "kernel_sha256": hashlib.sha256(SOURCE.read_bytes()).hexdigest()}
 
 
 def read_line(path):

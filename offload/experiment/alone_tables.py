@@ -1,0 +1,77 @@
+"""The tables of ``offload bench-engine``, from its result dict and nothing else: one for each pair of placements.
+
+How to read them: docs/gpu.md. ``--`` is what was not measured or does not exist.
+"""
+
+from offload.experiment.tables import ABSENT, folio_size
+from offload.report import table
+
+__all__ = ("alone_tables", "unverified_cells")
+
+COLUMNS = ("folio", "folios", "engine", "plan us", "submit us", "device us", "whole us", "GB/s device", "GB/s whole", "of ceiling",
+           "resident", "of best", "512", "PUD", "verified")
+
+
+def unverified_cells(result):
+    """(from,to, folio size, engine) of the cells, of the batch or of a migration, whose bytes did not all arrive."""
+    return [(f"{one['from']},{one['to']}", folio_size(one["order"]), one["engine"])
+            for one in (*result["rows"], *result["migrations"]) if one["verified"] is False]
+
+
+def alone_tables(result):
+    """What is printed: lines of text and rich tables, in order; the line above a table is its title."""
+    manifest = result["manifest"]
+    gpu = manifest["gpu"]
+    yield (f"one batch of {manifest['folios']} folios, {manifest['size']} bytes at most, in random order at both ends; {manifest['repeat']} runs "
+           f"after {manifest['warmup']} to warm up, medians, seed {manifest['seed']}")
+    yield f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, commit {manifest['git_commit']}"
+    yield (f"no GPU: {gpu['reason']}" if gpu["reason"] else
+           f"{gpu['device']}, CUDA {gpu['cuda']}, driver {gpu['driver'] or 'unknown'}, CuPy {gpu['cupy']}, NVRTC {gpu['nvrtc']}")
+    yield from manifest["notes"]
+    if result["ceilings"]:
+        yield "\nceilings: one large cuMemcpyAsync, GB/s of payload by events; both ways: both directions together"
+        yield table(None, ("copy", "GB/s"), [(name, number(one["gbps"])) for name, one in result["ceilings"].items()], right=("GB/s",))
+    for pair in manifest["nodes"]:
+        rows = [row for row in result["rows"] if [row["from"], row["to"]] == pair]
+        yield (f"\n{','.join(pair)}: GB/s are payload, each byte copied counted once; resident: device, with the list there already; "
+               f"512 and PUD: migrations with these batch limits")
+        yield table(None, COLUMNS, [cells(result, row, rows) for row in rows], right=tuple(set(COLUMNS) - {"engine"}))
+    yield "\nwhat each is, and what moved the bytes"
+    yield table(None, ("engine", "call", "flags", "hardware"), list(dict.fromkeys(
+        (label(row), row["call"], row["flags"] or ABSENT, row["hardware"]) for row in result["rows"])))
+    yield from sorted({f"no migration beside {one['from']},{one['to']}: {one['why_not']}" for one in result["migrations"] if one["why_not"]})
+    failed = unverified_cells(result)
+    yield ("\nNOT VERIFIED, do not use: " + "; ".join(" ".join(cell) for cell in failed) if failed else
+           f"\nverified: {manifest['verified']}")
+
+
+def label(row):
+    """The engine, with what tells its rows apart."""
+    if row["picked"]:
+        return f"auto ({row['picked']})"
+    return row["engine"] + ("+overlap" if "OVERLAP" in row["flags"] else "")
+
+
+def cells(result, row, rows):
+    best = max((other["gbps"] for other in rows if other["order"] == row["order"] and other["gbps"]), default=None)
+    share = row["device_share_of_ceiling"] if row["device_share_of_ceiling"] is not None else row["share_of_ceiling"]
+    return (folio_size(row["order"]), row["folios"], label(row), *(micro(row[name]) for name in ("plan_ns", "submit_ns", "device_ns",
+                                                                                              "end_to_end_ns")),
+            number(row["device_gbps"]), number(row["gbps"]), number(share), number(row["resident"] and row["resident"]["device_gbps"]),
+            number(row["gbps"] / best if best and row["gbps"] else None), *(migrated(result, row, limit) for limit in ("512", "PUD")),
+            "yes" if row["verified"] else "NO")
+
+
+def migrated(result, row, limit):
+    """GB/s of the migration beside a row, mean; the overlap flag has none of its own."""
+    found = [one for one in result["migrations"] if one["limit"] == limit and "OVERLAP" not in row["flags"] and one["gbps"]
+             and all(one[name] == row[name] for name in ("from", "to", "order", "engine"))]
+    return number(found[0]["gbps"]["mean"]) if found else ABSENT
+
+
+def micro(spread):
+    return ABSENT if spread is None else f"{spread['median'] / 1000:.1f}"
+
+
+def number(value):
+    return ABSENT if value is None else f"{value:.2f}"
