@@ -123,6 +123,33 @@ def bench_engine(
 
 
 @app.command()
+def evidence(
+        output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Such as docs/evidence/h100.json; written whole or "
+                                                                                   "not at all.")],
+        folios: Annotated[int, typer.Option(help="As for bench-engine.")] = 100_000,
+        size: Annotated[str, typer.Option(help="As for bench-engine.")] = "1G",
+        orders: Annotated[str, typer.Option(help="As for bench-engine.")] = "0,4,9",
+        repeat: Annotated[int, typer.Option(help="As for bench-engine.")] = 5):
+    """Run the GPU tests and offload bench-engine on this machine's GPU, and write what was found and on what.
+
+    Without a GPU it is refused. Exit status 1 if a test failed or not every byte arrived; the file says so as well.
+    """
+    from offload.experiment.alone import AloneConfig
+    from offload.experiment.evidence import make_evidence, require_gpu, write_evidence
+    from offload.experiment.progress import progress
+
+    require_gpu(output)
+    config = AloneConfig.parse(folios=folios, size=size, orders=orders, repeat=repeat)
+    with progress(config.steps) as step:
+        found = make_evidence(config, step=step)
+    write_evidence(output, found)
+    tests = found["tests"]
+    print(f"{output}: {found['device']['device']}, {tests['passed']} tests passed, {tests['failed']} failed, {tests['skipped']} skipped; "
+          f"{'verified' if found['verified'] else 'NOT VERIFIED'}")
+    return 0 if found["verified"] else 1
+
+
+@app.command()
 def migrate(
         file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="What offload snapshot wrote.")] = None,
         pid: Annotated[str | None, typer.Option(metavar="PID|self", help="A running process instead.")] = None,
