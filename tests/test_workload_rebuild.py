@@ -236,6 +236,61 @@ class TestKsm:
         rebuilt.machine.validate()
 
 
+class TestHugetlb:
+    """Huge pages of 2 MiB come from a pool of node 0 and change places with temporary ones of node 1."""
+
+    BITS = snap.FOLIO_HUGETLB
+
+    def row(self, at, page=0, number=0, folio=0, mapcount=1, bits=BITS | snap.FOLIO_ANON):
+        return at, page, number, folio, 0, 512, mapcount, bits, 9
+
+    @pytest.mark.parametrize("prot", ["rw", "r", ""])
+    def test_private(self, prot):
+        rebuilt, result = check(make([vma(BASE, 2048, "hugetlb", prot=prot, offset=0), vma(BASE + 8 * M, 8)],
+                                     [self.row(BASE), self.row(BASE + 2 * M, 512, 0, 1),
+                                      (BASE + 8 * M, 1024, 1, 2, 0, 1, 1, snap.FOLIO_ANON, 0)]))
+        assert result["kinds"]["hugetlb"]["pages_moved"] == 1024 and result["pages_moved"] == 1025
+        mem = rebuilt.machine.mem
+        assert mem.nodes.nr_hugepages.tolist() == [0, 2] and not mem.nodes.surplus_hugepages.any()
+        assert mem.mms.hugetlb_usage[rebuilt.process.mm] == 1024
+
+    def test_shared_at_two_addresses(self):
+        vmas = [vma(BASE, 1024, "hugetlb", shared=True), vma(BASE + 4 * M, 512, "hugetlb", shared=True, offset=M)]
+        bits = self.BITS | snap.FOLIO_DIRTY
+        snapshot = make(vmas, [self.row(BASE, bits=bits), self.row(BASE + M, 512, 0, 1, 2, bits),
+                               self.row(BASE + 4 * M, 512, 1, 1, 2, bits)])
+        rebuilt, result = check(snapshot, move_all=True)
+        assert result["pages_moved"] == 1024 and not rebuilt.helpers
+        pfns = rebuilt.machine.folios_of(rebuilt.process, BASE + M, M), rebuilt.machine.folios_of(rebuilt.process, BASE + 4 * M, M)
+        assert pfns[0] == pfns[1] and rebuilt.machine.mem.folios.page_flags[pfns[0]] & PG_dirty
+        assert check(snapshot)[1]["pages_moved"] == 512, "the other is mapped more than once"
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_others_map_it_too(self, shared):
+        bits = self.BITS if shared else self.BITS | snap.FOLIO_ANON
+        snapshot = make([vma(BASE, 1024, "hugetlb", shared=shared)], [self.row(BASE, mapcount=3, bits=bits)])
+        rebuilt, result = check(snapshot)
+        assert len(rebuilt.helpers) == 2 and next(iter(reasons(result, "hugetlb"))).startswith("-EACCES")
+        rebuilt, result = check(snapshot, move_all=True)
+        assert result["pages_moved"] == 512
+        assert {int(rebuilt.machine.folios_of(one, one.vma_index()[0][0], M)[0]) for one in rebuilt.helpers} == {
+            int(rebuilt.machine.folios_of(rebuilt.process, BASE, M)[0])}
+        if not shared:
+            before = rebuilt.process.read(BASE, 8)
+            rebuilt.process.write(BASE, b"mine")
+            assert rebuilt.helpers[0].read(BASE, 8) == before, "as after a fork"
+
+    @pytest.mark.parametrize("rows, word", [
+        ([(BASE, 0, 0, 0, 0, 16, 1, BITS | snap.FOLIO_ANON, 4)], "other sizes"),
+        ([(BASE, 0, 0, 0, 0, 1024, 1, BITS | snap.FOLIO_ANON, 10)], "other sizes"),
+        ([(BASE, 0, 0, 0, 0, 512, 1, BITS, 9)], "mapped private"),
+        ([(BASE, 0, 0, 0, 0, 512, 2, BITS | snap.FOLIO_ANON, 9), (BASE + M, 0, 0, 0, 0, 512, 2, BITS | snap.FOLIO_ANON, 9)],
+         "changed under the reader")])
+    def test_skipped(self, rows, word):
+        _, result = check(make([vma(BASE, 1024, "hugetlb")], rows))
+        assert result["pages_moved"] == 0 and word in str(result["kinds"])
+
+
 class TestSkipped:
     """What is not rebuilt is counted with its reason."""
 

@@ -17,8 +17,9 @@ How a folio of the snapshot is rebuilt. The rules are:
 * merged pages (KSM): one page with a stable node, mapped at all of the process's addresses that had it. Helpers map it at the
   first of them.
 * anonymous pages in the swap cache: there again, with an entry of a swap space made for them.
+* huge pages of hugetlb, if they are of 2 MiB: taken from a pool on node 0 that holds as many, mapped by faults.
 
-Not rebuilt, with a reason for each (`Rebuilt.skipped`): huge pages of hugetlb, poisoned pages, the zero page, what is
+Not rebuilt, with a reason for each (`Rebuilt.skipped`): huge pages of other sizes, poisoned pages, the zero page, what is
 swapped out, and mappings of devices or of the kernel. Left out without mention: private data of file systems (buffer heads:
 one more reference that a move takes along), writeback, and mlock by other processes than this.
 """
@@ -32,11 +33,12 @@ from offload.jit import jit, jit_entry
 from offload.kernels.cpu import copy_bytes
 from offload.machine import Machine, MachineConfig, NodeConfig
 from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio
-from offload.mm.fault import lookup_page
+from offload.mm.fault import change_protection, lookup_page
 from offload.mm.frames import POISON, frame_address, zero_frames
+from offload.mm.hugetlb import set_huge_pte
 from offload.mm.memmap import (
-    AOPS_FILEMAP, AOPS_MIGRATE_FOLIO, FIRST_PFN, FOLIO_DTYPE as MEMMAP_DTYPE, MAPPING_FILE, MAPPING_SHMEM, NO_PFN,
-    PG_active, PG_referenced, PG_swapbacked, PG_uptodate, records, unpack,
+    AOPS_FILEMAP, AOPS_MIGRATE_FOLIO, FIRST_PFN, FOLIO_DTYPE as MEMMAP_DTYPE, MAPPING_FILE, MAPPING_HUGETLB, MAPPING_SHMEM, NO_PFN,
+    PG_active, PG_dirty, PG_referenced, PG_swapbacked, PG_uptodate, VM_HUGETLB, VM_READ, VM_WRITE, records, unpack,
 )
 from offload.mm.node import alloc_pages_node, deferred_split_folio, folio_add_lru, folio_put_refs
 from offload.mm.pagetable import (
@@ -56,11 +58,12 @@ __all__ = ("rebuild", "Rebuilt", "Skipped", "MAX_MAPPERS", "PAGE_DTYPE", "RUN_DT
 MAX_MAPPERS = 8
 """Mappings that a page gets at most, however many it had: a page of the C library has hundreds."""
 
-KINDS = ("anon", "file", "shmem")
+KINDS = ("anon", "file", "shmem", "hugetlb")
 """What is rebuilt; ``PAGE_DTYPE["kind"]`` is an index into it."""
+HUGETLB = KINDS.index("hugetlb")
 
 PLAN_DTYPE = np.dtype([(name, np.int64) for name in (
-    "snapshot_folio", "order", "kind",
+    "snapshot_folio", "order", "kind", "anon",
     "mapping",                      # minus an anon_vma, or the row of an address space
     "index",                        # of the head page there
     "first_run", "nr_runs", "nr_mapped",    # nr_mapped: distinct pages
@@ -130,10 +133,12 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", co
     runs = _runs(snapshot, skipped)
     plan = _plan_folios(snapshot, runs, skipped)
     nr_pages = int((np.int64(1) << plan.folios.order).sum())
-    machine = _machine(snapshot, nr_pages, poison, batch_pages=batch_pages, protocol=protocol, copy_kernel=copy_kernel)
+    machine = _machine(snapshot, nr_pages, np.count_nonzero(plan.folios.kind == HUGETLB), poison=poison, batch_pages=batch_pages,
+                       protocol=protocol, copy_kernel=copy_kernel)
     process = machine.process(snapshot.comm or f"pid {snapshot.pid}")
     _map_vmas(machine, process, snapshot, plan)
     _swapon(machine, plan)
+    _fault_in_hugetlb(machine, process, snapshot, plan)
     _build(machine, process, snapshot, plan, nr_pages, progress)
     helpers = _share(machine, process, plan)
     _merge(machine, plan)
@@ -147,7 +152,8 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", co
 
 REASONS = {
     "zero": "the zero page, which is never migrated (-EFAULT)",
-    "hugetlb": "hugetlb is not supported yet",
+    "hugetlb": "hugetlb pages of other sizes than 2 MiB are not supported",
+    "hugetlb_file": "a page of a hugetlbfs file that is mapped private",
     "not_ksm": "called merged (KSM), and not an anonymous base page",
     "hwpoison": "hardware-poisoned",
     "torn": "the process changed under the reader: another page has its place in the file",
@@ -225,7 +231,11 @@ def _runs(snapshot, skipped):
     of_vma = lambda values: np.array(values)[runs["vma"]] if len(runs) else np.zeros(0, bool)
     for reason, bad in (
             ("zero", lambda: runs["bits"] & snap.FOLIO_ZERO_PAGE != 0),
-            ("hugetlb", lambda: (runs["bits"] & snap.FOLIO_HUGETLB != 0) | of_vma([vma.kind == "hugetlb" for vma in vmas])),
+            ("hugetlb", lambda: ((runs["bits"] & snap.FOLIO_HUGETLB != 0) | of_vma([vma.kind == "hugetlb" for vma in vmas]))
+             & ~((runs["order"] == HPAGE_PMD_ORDER) & (runs["nr_mapped"] == HPAGE_PMD_NR) & (runs["va"] % np.uint64(PMD_SIZE) == 0)
+                 & of_vma([vma.kind == "hugetlb" and (vma.start | vma.end | vma.offset) % PMD_SIZE == 0 for vma in vmas]))),
+            ("hugetlb_file", lambda: (runs["bits"] & snap.FOLIO_ANON == 0) & of_vma(
+                [vma.kind == "hugetlb" and not vma.shared for vma in vmas])),
             ("not_ksm", lambda: (runs["bits"] & snap.FOLIO_KSM != 0) & ((runs["bits"] & snap.FOLIO_ANON == 0) | (runs["order"] > 0))),
             ("hwpoison", lambda: runs["bits"] & snap.FOLIO_HWPOISON != 0),
             ("contradiction", lambda: (runs["bits"] & snap.FOLIO_ANON != 0) & of_vma(
@@ -263,11 +273,12 @@ def _plan_folios(snapshot, given, skipped):
                                               "order")}
     column["record"] = np.arange(len(given))
     file_of_vma, nr_files = _files(snapshot)
-    pgoff = np.array([vma.start >> PAGE_SHIFT if vma.kind == "anon" else min(vma.offset, 1 << 62) >> PAGE_SHIFT
+    pgoff = np.array([min(vma.offset, 1 << 62) >> PAGE_SHIFT if _has_file(vma) else vma.start >> PAGE_SHIFT
                       for vma in vmas] or [0], np.int64)
     kind_of_vma = np.array([KINDS.index(vma.kind) if vma.kind in KINDS else 0 for vma in vmas] or [0])
-    column["kind"] = np.where(column["bits"] & int(snap.FOLIO_ANON) != 0, 0, kind_of_vma[column["vma"]])
-    anon = column["kind"] == 0
+    kind = kind_of_vma[column["vma"]]
+    anon = (column["bits"] & int(snap.FOLIO_ANON) != 0) | (kind == 0)
+    column["kind"], column["anon"] = np.where(anon & (kind != HUGETLB), 0, kind), anon
 
     # 1. folios above 2 MiB become several
     huge = column["order"] > HPAGE_PMD_ORDER
@@ -304,13 +315,13 @@ def _plan_folios(snapshot, given, skipped):
     bad = np.zeros(int(folio.max()) + 1 if len(folio) else 0, bool)
     bad[folio[scattered]] = True
     loose = bad[folio]
-    nr_scattered = int(np.count_nonzero(np.bincount(folio[loose & (column["order"] > 0)], minlength=1)))
+    nr_scattered = int(np.count_nonzero(np.bincount(folio[loose & (column["order"] > 0) & (column["kind"] != HUGETLB)], minlength=1)))
     if loose.any():
         column, folio, index, space = _base_pages(column, folio, index, space, loose)
 
-    # 3. no two folios at one place of a file
+    # 3. no two folios at one place of a file, and no pieces of huge pages
     if len(folio):
-        keep = ~_collide(column, folio, index, space)
+        keep = ~(_collide(column, folio, index, space) | (column["kind"] == HUGETLB) & (column["order"] == 0))
         bad_records = np.unique(column["record"][~keep])
         if len(bad_records):
             chosen = np.zeros(len(given), bool)
@@ -367,11 +378,16 @@ def _collide(column, folio, index, space):
     return out[folio]
 
 
+def _has_file(vma):
+    # Whether pages of a VMA can be of a file. Private hugetlb memory has anonymous pages only, wherever they came from.
+    return vma.kind in ("file", "shmem") or vma.kind == "hugetlb" and vma.shared
+
+
 def _files(snapshot):
     # A number for the file of each VMA, -1 for none. Without frame numbers the path counts too, as for the reader.
     numbers, of_vma = {}, []
     for at, vma in enumerate(snapshot.vmas):
-        if vma.kind not in ("file", "shmem"):
+        if not _has_file(vma):
             of_vma.append(-1)
             continue
         name = (vma.kind, vma.device, vma.inode, None if snapshot.folio_sizes_known else vma.path,
@@ -420,7 +436,7 @@ def _finish_plan(snapshot, column, folio, index, space, file_of_vma, nr_files, p
     huge = ((column["bits"] & int(snap.FOLIO_THP) != 0) & (column["order"] == HPAGE_PMD_ORDER) & (nr == HPAGE_PMD_NR)
             & (column["va"] & PMD_SIZE - 1 == 0))
     runs.address, runs.row, runs.first_page, runs.nr_pages = column["va"], column["page"], column["first_index"], nr
-    runs.huge = np.where(huge, PTE_HUGE, 0)
+    runs.huge = np.where(huge | (column["kind"] == HUGETLB), PTE_HUGE, 0)
     plan = _Plan(folios, runs, None, column["vma"], file_of_vma, file_first, file_pages, file_kind, vma_pgoff,
                  nr_cut=nr_cut, nr_scattered=nr_scattered)
     if not len(first):
@@ -452,7 +468,8 @@ def _finish_plan(snapshot, column, folio, index, space, file_of_vma, nr_files, p
     extra = np.maximum.reduceat(np.minimum(want, MAX_MAPPERS) - own_run, first)
     plan.nr_capped = int(np.count_nonzero(np.maximum.reduceat(want, first) > MAX_MAPPERS))
     some = lambda bit: np.bitwise_or.reduceat(column["bits"], first) & int(bit) != 0
-    folios.snapshot_folio, folios.order, folios.kind = (column[name][first] for name in ("folio", "order", "kind"))
+    folios.snapshot_folio, folios.order, folios.kind, folios.anon = (
+        column[name][first] for name in ("folio", "order", "kind", "anon"))
     folios.index, folios.first_run = index[first], first
     folios.nr_runs = np.diff(np.r_[first, len(number)])
     folios.nr_mapped = np.bincount(pages.folio, minlength=len(first))
@@ -473,7 +490,7 @@ def _finish_plan(snapshot, column, folio, index, space, file_of_vma, nr_files, p
     writable = np.array(["w" in vma.prot for vma in vmas])[column["vma"]]
     shared = np.array([vma.shared for vma in vmas])[column["vma"]]
     all_dirty = np.array([vma.nr_present > 0 and vma.dirty_kib << 10 >= vma.nr_present * PAGE_SIZE for vma in vmas])
-    anon = column["kind"] == 0
+    anon = column["anon"]
     alone = folios.extra[number] == 0
     dirty = (folios.dirty[number] != 0) | all_dirty[column["vma"]]
     bits = np.full(len(number), PTE_PRESENT | PTE_YOUNG, np.int64)
@@ -490,7 +507,7 @@ def _of(values, numbers):
 
 # --- building it ---------------------------------------------------------------------------------------------
 
-def _machine(snapshot, nr_pages, poison, **fields):
+def _machine(snapshot, nr_pages, hugepages, **fields):
     block = 1 << MAX_PAGE_ORDER
     node_pages = -(-(nr_pages + nr_pages // 16) // block) * block + 2 * block
     need = 2 * node_pages * MEMMAP_DTYPE.itemsize
@@ -503,7 +520,8 @@ def _machine(snapshot, nr_pages, poison, **fields):
         raise OutOfMemory(f"two nodes for the {format_size(nr_pages * PAGE_SIZE)} of pid {snapshot.pid} need "
                           f"{format_size(need)} and {format_size(available)} are available; {remedy}")
     placement = "nowhere" if snapshot.layout_only else "host"
-    return Machine(MachineConfig(nodes=(NodeConfig(node_pages, placement=placement),) * 2, poison=poison, **fields))
+    return Machine(MachineConfig(nodes=(NodeConfig(node_pages, placement=placement, hugepages=int(hugepages)),
+                                        NodeConfig(node_pages, placement=placement)), **fields))
 
 
 def _map_vmas(machine, process, snapshot, plan):
@@ -517,17 +535,18 @@ def _map_vmas(machine, process, snapshot, plan):
         file = files.get(int(plan.file_of_vma[number]))
         process.mmap(vma.end - vma.start, address=vma.start, prot=vma.prot, file=file,
                      offset=int(plan.vma_pgoff[number]) << PAGE_SHIFT if file else 0,
-                     shared=vma.shared and file is not None, mlock=vma.locked, populate=False)
+                     shared=vma.shared and file is not None, populate=False, hugetlb=vma.kind == "hugetlb",
+                     mlock=vma.locked and vma.kind != "hugetlb")
     rows = np.zeros(len(snapshot.vmas) + 1, np.int64)
     rows[mapped] = process.vma_index()[2]           # both are in ascending order of address
     plan.runs.vma = rows[plan.run_vma]
     mem = machine.mem
     first = plan.runs.vma[plan.folios.first_run] if len(plan.folios) else np.zeros(0, np.int64)
-    plan.folios.mapping = np.where(plan.folios.kind == 0, -mem.vmas.anon_vma[first], mem.vmas.mapping[first])
-    plan.pages.mapping = np.where(plan.pages.kind == 0, 0, plan.folios.mapping[plan.pages.folio])
+    plan.folios.mapping = np.where(plan.folios.anon, -mem.vmas.anon_vma[first], mem.vmas.mapping[first])
+    plan.pages.mapping = np.maximum(plan.folios.mapping[plan.pages.folio], 0)
     # A folio across VMAs must be found in each of them; a merged one is through its stable node.
     folio = np.repeat(np.arange(len(plan.folios)), plan.folios.nr_runs)
-    anon = (plan.folios.kind[folio] == 0)
+    anon = plan.folios.anon[folio] != 0
     linked = anon & (plan.folios.ksm[folio] == 0)
     pairs = np.unique(plan.runs.vma[linked] << 32 | -plan.folios.mapping[folio[linked]])
     for vma, anon_vma in zip((pairs >> 32).tolist(), (pairs & 0xffffffff).tolist()):
@@ -552,8 +571,8 @@ def _new_files(machine, kinds, sizes):
     for kind, size in zip(kinds.tolist(), sizes.tolist()):
         mapping = machine.new_row("mappings")
         row = machine.mem.mappings[mapping]
-        shmem = KINDS[kind] == "shmem"
-        row.kind, row.aops = (MAPPING_SHMEM, AOPS_MIGRATE_FOLIO) if shmem else (MAPPING_FILE, AOPS_FILEMAP)
+        row.kind, row.aops = {"file": (MAPPING_FILE, AOPS_FILEMAP), "shmem": (MAPPING_SHMEM, AOPS_MIGRATE_FOLIO),
+                              "hugetlb": (MAPPING_HUGETLB, 0)}[KINDS[kind]]
         row.slots, row.nr_slots = first, size
         first += size
         files.append(File(machine, mapping, KINDS[kind], size))
@@ -575,6 +594,24 @@ def _swapon(machine, plan):
         nr = int((np.int64(1) << cached.order).sum())
         machine.swapon(nr * PAGE_SIZE)
         machine.alloc_swap_entries(nr)
+
+
+def _fault_in_hugetlb(machine, process, snapshot, plan):
+    # Huge pages come from the pool by faults, as the process got them.
+    for number in np.flatnonzero(plan.folios.kind == HUGETLB):
+        folio = plan.folios[number]
+        for run in plan.runs[folio.first_run:folio.first_run + folio.nr_runs]:
+            vm_flags = machine.mem.vmas.vm_flags[run.vma]
+            machine.mem.vmas.vm_flags[run.vma] |= VM_READ       # a fault of PROT_NONE memory would be refused
+            process._populate(int(run.vma), int(run.address), int(run.address) + PMD_SIZE, vm_flags & VM_WRITE != 0)
+            machine.mem.vmas.vm_flags[run.vma] = vm_flags
+            if folio.anon and folio.extra:
+                change_protection(machine.table, process.mm, run.address, run.address + PMD_SIZE, PTE_WRITE | PTE_EXCLUSIVE, 0)
+        (folio.pfn,) = machine.folios_of(process, int(run.address), PMD_SIZE)
+        if folio.dirty:
+            machine.mem.folios.page_flags[folio.pfn] |= PG_dirty
+        if not snapshot.layout_only:
+            machine.frames.view(int(folio.pfn), HPAGE_PMD_NR)[:] = snapshot.data[run.row:run.row + HPAGE_PMD_NR]
 
 
 def _merge(machine, plan):
@@ -627,7 +664,7 @@ def _share(machine, process, plan):
     # One line per (folio, VMA of ours); a file is mapped as a whole, wherever.
     folio = np.repeat(np.arange(len(folios)), folios.nr_runs)
     first_only = (folios.ksm[folio] == 0) | (np.arange(len(runs)) == folios.first_run[folio])
-    pairs = np.unique((folio << 32 | np.where(folios.kind[folio] == 0, runs.vma, 0))[first_only])
+    pairs = np.unique((folio << 32 | np.where(folios.anon[folio], runs.vma, 0))[first_only])
     for level in range(int(folios.extra.max())):
         wanted = pairs[folios.extra[pairs >> 32] > level]
         folio, vma = wanted >> 32, wanted & 0xffffffff
@@ -638,27 +675,31 @@ def _share(machine, process, plan):
         for row in np.unique(vma[anon]).tolist():
             area = machine.mem.vmas[row]
             start, end, pgoff = int(area.start), int(area.end), int(area.pgoff)
-            copy = _mmap_row(helper, end - start, start)
+            copy = _mmap_row(helper, end - start, start, area.vm_flags & VM_HUGETLB != 0)
             machine.mem.vmas[copy].pgoff, machine.mem.vmas[copy].has_anon = pgoff, 1
             for anon_vma in machine.anon_vmas_of(row):
                 machine.link_anon_vma(copy, anon_vma, owner=False)
             target[anon & (vma == row)] = copy
         for mapping in np.unique(folios.mapping[folio[~anon]]).tolist():
             size = int(machine.mem.mappings[mapping].nr_slots)
-            file = File(machine, mapping, "file", size)
+            huge = bool(machine.mem.mappings[mapping].kind == MAPPING_HUGETLB)
+            file = File(machine, mapping, "hugetlb" if huge else "file", size)
             address = helper.mmap(size << PAGE_SHIFT, file=file, shared=True, prot="r", order=HPAGE_PMD_ORDER,
-                                  populate=False)
+                                  populate=False, hugetlb=huge)
             target[~anon & (folios.mapping[folio] == mapping)] = helper._vma_at(address)
         mem = machine.mem
         address = np.maximum(mem.vmas.start[target] + (folios.index[folio] - mem.vmas.pgoff[target] << PAGE_SHIFT), 0)
         _reserve(machine, address, np.int64(1) << folios.order[folio])
         huge = np.maximum.reduceat(runs.huge, folios.first_run)[folio]
-        share_folios(machine.table, folios.pfn[folio].copy(), target, huge)
+        hugetlb = folios.kind[folio] == HUGETLB
+        share_folios(machine.table, folios.pfn[folio[~hugetlb]], target[~hugetlb], huge[~hugetlb])
+        if hugetlb.any():
+            share_hugetlb(machine.table, folios.pfn[folio[hugetlb]], target[hugetlb])
     return tuple(helpers)
 
 
-def _mmap_row(process, length, address):
-    process.mmap(length, address=address, prot="r", populate=False)
+def _mmap_row(process, length, address, hugetlb):
+    process.mmap(length, address=address, prot="r", populate=False, hugetlb=bool(hugetlb))
     return process._vma_at(address)
 
 
@@ -718,12 +759,14 @@ def map_run(mem, vma, address, pfn, first_page, nr_pages, bits, huge):
 
 @jit_entry
 def build_folios(mem_table, folios, first, last, runs, data, nid):
-    """Build folios ``first`` .. ``last - 1`` of a plan on node ``nid``; their bytes come from address ``data``, or from
-    nowhere if that is 0. Returns ``last``, or the first that found no room.
+    """Build folios ``first`` .. ``last - 1`` of a plan on node ``nid``, but for those that have a pfn already; their bytes come
+    from address ``data``, or from nowhere if that is 0. Returns ``last``, or the first that found no room.
     """
     mem = unpack(mem_table)
     for i in range(first, last):
         plan = folios[i]
+        if plan.pfn:
+            continue
         # 1. the folio
         pfn = alloc_pages_node(mem, nid, plan.order)
         if pfn == NO_PFN:
@@ -778,6 +821,18 @@ def share_folios(mem_table, pfns, vmas, huge):
         leaf = huge[i] if last - first == PTRS and address & PMD_SIZE - 1 == 0 else np.int64(0)
         map_run(mem, vma, address + (first << PAGE_SHIFT), pfn, first, last - first, np.int64(PTE_PRESENT | PTE_YOUNG),
                 leaf)
+
+
+@jit_entry
+def share_hugetlb(mem_table, pfns, vmas):
+    """As share_folios(), for hugetlb folios and hugetlb vmas."""
+    mem = unpack(mem_table)
+    for i in range(len(pfns)):
+        mm = mem.vmas[vmas[i]].mm
+        entry = walk_alloc_pmd(mem, mm, vma_address(mem, vmas[i], mem.folios[pfns[i]].index))
+        mem.folios[pfns[i]].refcount += 1
+        set_huge_pte(mem, vmas[i], entry, pfns[i], np.int64(PTE_PRESENT | PTE_YOUNG))
+        mem.mms[mm].hugetlb_usage += HPAGE_PMD_NR
 
 
 @jit_entry
