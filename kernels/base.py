@@ -92,6 +92,9 @@ class DmaProvider(Protocol):
     name: str
     """As results name it: ``"cpu"``, ``"cuda-batch"``."""
 
+    reaches_devices: bool
+    """Whether its channels copy to and from device memory; absent means no."""
+
     nr_chans: int
     """How many channels it has. Numbers 0 to nr_chans - 1; each is given to one client at a time."""
 

@@ -22,7 +22,6 @@ from offload.kernels.cuda_engines import WAYS, Device, PinnedMemory
 __all__ = ("Probe", "probe", "open_device", "why_not", "compile_kernel", "self_test", "nvidia_driver", "SOURCE")
 
 SOURCE = pathlib.Path(__file__).with_name("copy_folios.cu")
-ENTRY = "copy_folios"
 CUDA_ERROR_NO_DEVICE = 100
 LEAST_CAPABILITY = (7, 0)
 """Below it the loads of copy_folios.cu do not assemble."""
@@ -79,7 +78,7 @@ def probe():
 
 @functools.cache
 def _device(number=0):
-    return Device(Driver(), number, lambda capability: compile_kernel("sm_{}{}".format(*capability))[0])
+    return Device(Driver(), number, lambda capability, name: compile_kernel("sm_{}{}".format(*capability), name=name)[0])
 
 
 def open_device():
@@ -150,15 +149,16 @@ def nvrtc_version():
         return None
 
 
-def compile_kernel(architecture, *options):
-    """Compile copy_folios.cu for an architecture such as "sm_90": (cubin, the compiler's log). Needs CuPy and NVRTC.
+def compile_kernel(architecture, *options, name="copy_folios"):
+    """Compile the .cu of that name for an architecture such as "sm_90": (cubin, the compiler's log). Needs CuPy and NVRTC.
 
     EngineUnavailable where they are not there, or this NVRTC does not know the architecture.
     """
     if importlib.util.find_spec("cupy") is None or nvrtc_version() is None:
         raise EngineUnavailable(f"NVRTC is not there to compile the kernel: {INSTALL}")
     from cupy.cuda import nvrtc
-    program = nvrtc.createProgram(SOURCE.read_text("ascii"), SOURCE.name, (), ())
+    source = SOURCE.with_name(f"{name}.cu")
+    program = nvrtc.createProgram(source.read_text("ascii"), source.name, (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", "--std=c++17", *options))
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)

@@ -47,6 +47,8 @@ FUNCTIONS = {
     "cuCtxSetCurrent": (_handle,),
     "cuMemAlloc_v2": (_pointer, ctypes.c_size_t),
     "cuMemFree_v2": (_word,),
+    "cuMemGetInfo_v2": (_pointer, _pointer),
+    "cuMemsetD8Async": (_word, ctypes.c_ubyte, ctypes.c_size_t, _handle),
     "cuMemHostAlloc": (_pointer, ctypes.c_size_t, _flags),
     "cuMemFreeHost": (_pointer,),
     "cuPointerGetAttribute": (_pointer, _number, _word),
@@ -161,6 +163,12 @@ class Driver:
 
     def alloc(self, nbytes):
         return self._made("cuMemAlloc_v2", nbytes, kind=_word)
+
+    def free_bytes(self):
+        """Bytes of the device's memory that can be had now."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     def host_alloc(self, nbytes):
         """Page-locked memory that host and device reach at the same address."""

@@ -54,8 +54,8 @@ _FOR_EVER_NS = 1 << 62
 class Device:
     """A GPU that is open: its driver, primary context, and the compiled kernel. ``fault`` is why it is out of service.
 
-    ``compile_kernel(capability)`` gives the image of copy_folios.cu for a (major, minor). CudaError if the driver
-    refuses. ``say`` gets the one line about a fault.
+    ``compile_kernel(capability, name)`` gives the image of copy_folios.cu or checksum_pages.cu for a (major, minor). CudaError if
+    the driver refuses. ``say`` gets the one line about a fault.
     """
 
     def __init__(self, driver, number, compile_kernel, say=lambda line: print(line, file=sys.stderr, flush=True)):
@@ -63,7 +63,7 @@ class Device:
         self.fault = None
         self._compile, self._say = compile_kernel, say
         self._context = driver.retain_context(number)
-        self._function = None
+        self._functions = {}
         self.enter()
         self.name = driver.device_name(number)
         self.nr_sms = driver.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, number)
@@ -82,18 +82,22 @@ class Device:
         with contextlib.suppress(CudaError):
             self.driver(name, *arguments)
 
+    def kernel(self, name):
+        """The kernel of that name, compiled and loaded at first use."""
+        if name not in self._functions:
+            self._functions[name] = self.driver.load_function(self._compile(self.capability, name), name)
+        return self._functions[name][1]
+
     @property
     def function(self):
-        """copy_folios(), compiled and loaded at first use."""
-        if self._function is None:
-            self._module, self._function = self.driver.load_function(self._compile(self.capability), "copy_folios")
-        return self._function
+        """copy_folios()."""
+        return self.kernel("copy_folios")
 
     def fail(self, engine, error):
         """Take the device out of service; the first time it is said."""
         if self.fault is None:
             self.fault = str(error)
-            self._say(f"offload: {engine} on {self.name} is out of service: {error}; the CPU copies from here on")
+            self._say(f"offload: {engine} on {self.name} is out of service: {error}; the path copies folio by folio from here on")
 
 
 class PinnedMemory:
@@ -435,6 +439,8 @@ class CudaProvider:
     kernel's grid, 0 for as many as fill the device. ``check``: look for overlaps in every batch. InvalidInput for values
     that cannot be.
     """
+
+    reaches_devices = True
 
     def __init__(self, device, way, nr_chans=1, *, most=MOST_DESCRIPTORS, overlap=False, blocks=0, check=True):
         if way not in WAYS:

@@ -21,6 +21,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from offload.errors import Busy, EngineUnavailable, InvalidInput
+from offload.kernels.base import CopyPlan
+from offload.mm.memmap import PLACE_DEVICE
 from offload.units import EOPNOTSUPP, PROTOCOL_V5, PROTOCOL_V6, PROTOCOLS, MigrateReason, parse_unsigned
 
 __all__ = ("FolioBatch", "Migrator", "CopyOffload", "parse_reason_mask", "format_reason_mask", "ALL_REASONS",
@@ -43,8 +45,16 @@ class FolioBatch(NamedTuple):
     """int64 pfns: locked, unmapped."""
     order: np.ndarray
     """uint8."""
-    frames: int
-    """Address that the first byte of pfn 0 would have: pfn ``p`` lies at ``frames + p * 4096``."""
+    frames: object
+    """Address that the first byte of pfn 0 would have: pfn ``p`` lies at ``frames + p * 4096``. On a machine whose nodes lie
+    apart it is its NodeFrames instead (mm/far_frames.py). :meth:`plan` serves both."""
+
+    def plan(self, entries=slice(None)):
+        """The CopyPlan of these entries: what a backend or a DMA channel takes."""
+        dst, src, order = self.dst[entries], self.src[entries], self.order[entries]
+        if isinstance(self.frames, int):
+            return CopyPlan(self.frames, self.frames, dst, src, order)
+        return self.frames.plan(dst, src, order)
 
 
 class Migrator(Protocol):
@@ -59,7 +69,8 @@ class Migrator(Protocol):
 
     ``owner`` stands for its module (THIS_MODULE): anything that is not None; one with a true ``going`` is being removed.
     None, or no such attribute: built in. ``meets_poison`` False: a memory error in a source goes unnoticed, as with a DMA
-    driver; True or absent: the copy ends there, as the CPU routine's. ``should_batch(reason)`` is for v4 and flags alone, see
+    driver; True or absent: the copy ends there, as the CPU routine's. ``reaches_devices`` False: it cannot be registered on a
+    machine with a node in device memory; True or absent: it can. ``should_batch(reason)`` is for v4 and flags alone, see
     :meth:`CopyOffload.register`.
     """
 
@@ -73,6 +84,7 @@ class CopyOffload:
 
     def __init__(self, mem):
         self._sys = mem.sys
+        self._on_device = np.flatnonzero(mem.nodes.place == PLACE_DEVICE)
         self.migrator = None
         self.batches = 0
         self.failed_batches = 0
@@ -89,7 +101,8 @@ class CopyOffload:
         for which its ``should_batch(reason)`` is true, asked here once for each; ``should_batch`` None is never, a driver
         without the attribute answers from ``reasons``.
 
-        InvalidInput (-EINVAL) without a migrator or its ``offload_copy``, without an owner in v5, or for a bad mask; Busy
+        InvalidInput (-EINVAL) without a migrator or its ``offload_copy``, without an owner in v5, for a bad mask, or where a
+        node lies in device memory and it reaches none; Busy
         (-EBUSY) while one is on duty, be it the same; EngineUnavailable (-ENODEV) if the owner is going away. After any of
         them nothing has changed. Takes effect at the next batch.
         """
@@ -104,6 +117,9 @@ class CopyOffload:
                                f"use another protocol")
         if self.migrator is not None:
             raise Busy(f"migrator {self.migrator.name!r} is registered already; unregister it first")
+        if len(self._on_device) and not getattr(migrator, "reaches_devices", True):
+            raise InvalidInput(f"migrator {migrator.name!r} copies on the CPU, which does not reach node {self._on_device[0]} in device "
+                               f"memory; register a Dcbm over a CudaProvider, or McCopy('plain')")
         if getattr(owner, "going", False):
             raise EngineUnavailable(f"migrator {migrator.name!r} cannot be registered: its owner {owner!r} is going away")
         if protocol == PROTOCOL_V5:

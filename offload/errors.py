@@ -12,6 +12,7 @@
       NotPermitted (PermissionError)  EPERM       the process or file is somebody else's
       ForeignFile (ValueError)        EINVAL      truncated, damaged or of another format
       EngineUnavailable (RuntimeError)    ENODEV  a forced engine that is not there; says why
+      DeviceLost (RuntimeError)       EIO         a device is gone, and with it what lay in its memory; names the nodes
       WouldHang (TimeoutError)        ETIMEDOUT   the kernel would sleep for ever here (a lock never released)
       BrokenInvariant (AssertionError)    EIO     our own books do not add up: a bug, please report
 
@@ -19,7 +20,7 @@ Every message is one line: the value, what was expected, the remedy.
 """
 
 __all__ = ("OffloadError", "InvalidInput", "BadAddress", "NotSupported", "Busy", "OutOfMemory",
-           "NoSuchProcess", "NotPermitted", "ForeignFile", "EngineUnavailable", "WouldHang", "BrokenInvariant")
+           "NoSuchProcess", "NotPermitted", "ForeignFile", "EngineUnavailable", "DeviceLost", "WouldHang", "BrokenInvariant")
 
 
 class OffloadError(Exception):
@@ -89,6 +90,12 @@ class EngineUnavailable(OffloadError, RuntimeError):
     """A forced engine is not there; the message carries the reason."""
 
     errno = 19
+
+
+class DeviceLost(OffloadError, RuntimeError):
+    """A device does not answer any more; nodes in its memory are lost, all others are intact."""
+
+    errno = 5
 
 
 class WouldHang(OffloadError, TimeoutError):

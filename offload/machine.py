@@ -15,11 +15,13 @@ from offload.jit import jit_entry
 from offload.kernels.cpu import KERNELS
 from offload.migrate.call import TargetControl
 from offload.migrate.pages import check_events, finish_call, migrate_pages
+from offload.mm.far_frames import NodeFrames
 from offload.mm.frames import Frames
 from offload.mm.memmap import (
-    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
+    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, FRAME_OP_DTYPE, FRAMES_FAR, FRAMES_TOGETHER, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
     MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NO_PFN, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_ksm, PG_locked, PG_lru,
-    PG_movable_ops, PG_movable_ops_isolated, PG_reserved, PLACE_HOST, PLACE_NOWHERE, RMAP_ITEM_DTYPE, SYS_DTYPE, VMA_DTYPE,
+    PG_movable_ops, PG_movable_ops_isolated, PG_reserved, PLACE_DEVICE, PLACE_HOST, PLACE_NOWHERE, PLACE_PINNED, RMAP_ITEM_DTYPE,
+    SYS_DTYPE, VMA_DTYPE,
     Memory, page_folio, records, unpack, zeros,
 )
 from offload.mm.fault import lookup_page
@@ -50,8 +52,9 @@ __all__ = ("Machine", "MachineConfig", "NodeConfig")
 class NodeConfig:
     """A node: ``pages`` base pages (0: no memory), with or without CPUs, its frames in ``placement``.
 
-    ``placement`` is "host" (bytes in host memory), "pinned" (in host memory that a GPU reaches; needs one) or "nowhere"
-    (metadata only: nothing can be read, written or copied, a move moves metadata). A machine is one of them throughout.
+    ``placement`` is "host" (bytes in host memory), "pinned" (in host memory that a GPU reaches; needs one), "device" (in its
+    own memory) or "nowhere" (metadata only: nothing can be read, written or copied, a move moves metadata). Nodes of one
+    machine may differ, but "nowhere" is for all or none.
     ``hugepages``: folios of 2 MiB in its hugetlb pool to begin with; when the pools are empty, surplus ones come and go as
     they are needed.
     """
@@ -96,8 +99,9 @@ class MachineConfig:
             raise InvalidInput("a machine needs at least one node")
         if len(self.nodes) > 64:
             raise InvalidInput(f"{len(self.nodes)} nodes are more than the 64 that a machine can have")
-        if len({node.placement for node in self.nodes}) > 1:
-            raise InvalidInput("nodes of different placements cannot be mixed in this version; give all of them one")
+        placements = {node.placement for node in self.nodes}
+        if "nowhere" in placements and len(placements) > 1:
+            raise InvalidInput("nodes of placement 'nowhere' cannot be mixed with others; give all of them bytes or none")
         if not isinstance(self.batch_pages, int) or self.batch_pages < 1:
             raise InvalidInput(f"batch_pages {self.batch_pages!r} is not a number of base pages; mainline has 512")
         if self.kernel not in RULE_SETS:
@@ -105,6 +109,8 @@ class MachineConfig:
         parse_protocol(self.protocol)
         if self.copy_kernel not in KERNELS:
             raise InvalidInput(f"copy kernel {self.copy_kernel!r} is not known; use one of: {', '.join(KERNELS)}")
+        if "device" in placements and self.copy_kernel != "plain":
+            raise InvalidInput(f"copy kernel {self.copy_kernel!r} is the CPU's, which does not reach a node in device memory; use 'plain'")
 
 
 class Machine:
@@ -144,12 +150,11 @@ class Machine:
         block = 1 << MAX_PAGE_ORDER
         for node, given in zip(nodes, config.nodes):
             node.start_pfn, node.nr_pages, node.cpus = pfn, given.pages, given.cpus
-            node.place = PLACE_NOWHERE if given.placement == "nowhere" else PLACE_HOST
+            node.place = PLACES[given.placement]
             pfn += -(-given.pages // block) * block
-        self.frames = None
-        if config.nodes[0].placement != "nowhere":
-            self.frames = Frames(max(pfn - FIRST_PFN, 1), config.nodes[0].placement)
-            nodes.frames[:] = self.frames.address
+        self.frames, self._far = build_frames(nodes, config, max(pfn - FIRST_PFN, 1)), False
+        if self.frames is not None:
+            nodes.frames[:] = self.frames.address if self.frames.kind == FRAMES_TOGETHER else self.frames.addresses
         free_areas, free_bits = build_free_areas(nodes)
         sys = records(1, SYS_DTYPE)
         sys.nr_nodes = len(nodes)
@@ -158,6 +163,7 @@ class Machine:
         sys.poison, sys.thp_migration = config.poison, config.thp_migration
         sys.rule_set, sys.memory_tiering = RULE_SETS[config.kernel], config.memory_tiering
         sys.nr_tables = 1
+        sys.frames_kind = self.frames.kind if self.frames else FRAMES_TOGETHER
         try:
             folios, orders = records(pfn, FOLIO_DTYPE), zeros(pfn, np.uint8)
         except MemoryError:
@@ -168,7 +174,10 @@ class Machine:
             records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE),
             records(1, RMAP_ITEM_DTYPE), records(8, MAPPING_DTYPE), np.zeros(1, np.int64), np.zeros(1, np.int64),
             np.zeros(MAX_PAGE_ORDER + 1, np.int64), records(1, OTHERS_DTYPE), np.zeros(1, np.int64),
-            np.zeros(LRU_BATCH_SIZE, np.int64), sys))
+            np.zeros(LRU_BATCH_SIZE, np.int64), records(1, FRAME_OP_DTYPE), sys))
+        if sys.frames_kind[0] == FRAMES_FAR:
+            self._far, self.frames.state = True, sys.view(np.ndarray)
+            self.reserve_frame_ops(0)
         for nid in range(len(nodes)):
             free_node(self.table, nid)
             wanted = config.nodes[nid].hugepages
@@ -177,7 +186,14 @@ class Machine:
                                   f"{HPAGE_NR} in its pool; make the node larger or the pool smaller")
 
     def _set_mem(self, mem):
-        self.mem, self.table = mem, pack(mem)
+        self.mem, self._table = mem, pack(mem)
+
+    @property
+    def table(self):
+        """The table of ``mem``, to enter compiled code with: what that left to Python has been done where it is half full."""
+        if self._far and self.mem.sys.frame_log_nr[0] > LOG_ROWS // 2:
+            self.frames.drain()
+        return self._table
 
     # --- processes and files ----------------------------------------------------------------------------------
 
@@ -271,6 +287,7 @@ class Machine:
 
     def swapped_page(self, entry):
         """The bytes of a swap entry on the swap device: uint8, no copy."""
+        self.frames.drain()
         return self._swap_device[entry * PAGE_SIZE:(entry + 1) * PAGE_SIZE]
 
     def ksm_merge(self, pages):
@@ -290,7 +307,7 @@ class Machine:
                 raise InvalidInput(f"page {address:#x} of {process!r} is not a present anonymous base page; ksmd merges no other")
             if folio.page_flags & PG_ksm or folio.refcount != folio.mapcount:
                 continue
-            contents = self.frames.view(pfn, 1).tobytes()
+            contents = self.frames.read(pfn, 1).tobytes()
             if contents not in stable:
                 stable[contents] = pfn, (vma, address), []
             elif pfn != stable[contents][0]:
@@ -333,6 +350,7 @@ class Machine:
         """
         self.check_idle()
         self.check_nid(nid)
+        self.reserve_frame_ops(nr)
         number = TOLD_OWNER
         if owner is not None:
             if owner not in self.owners:
@@ -395,6 +413,8 @@ class Machine:
         mode, reason, events = parse_mode(mode), parse_reason(reason), check_events(events)
         if not isinstance(nid, TargetControl):
             self.check_nid(nid)
+        if self._far and self.frames.lost:
+            self.check_not_lost(folios, nid)
         self.check_idle()
         if self.batch_mode is not None:
             raise Busy("another migration cannot be started between two steps of one; start it before or after")
@@ -558,6 +578,7 @@ class Machine:
             raise InvalidInput(f"order {order!r} is out of range; use 0 to {MAX_PAGE_ORDER - 1}")
         node = self.mem.nodes[nid]
         held = np.empty(int(node.nr_pages) >> order + 1, np.int64)
+        self.reserve_frame_ops(len(held))
         nr = fragment_node(self.table, nid, order, held)
         self._held.setdefault(nid, []).append(held[:nr].copy())
 
@@ -593,6 +614,14 @@ class Machine:
             tables = zeros(max(need * PTRS, 2 * len(self.mem.tables)), np.int64)
             tables[:len(self.mem.tables)] = self.mem.tables
             self._set_mem(self.mem._replace(tables=tables))
+
+    def reserve_frame_ops(self, nr):
+        """Make sure that compiled code can leave ``nr`` operations on frames to Python, where it cannot do them itself."""
+        if self._far and len(self.mem.frame_log) - int(self.mem.sys.frame_log_nr[0]) < nr + LOG_ROWS // 2:
+            self.frames.drain()
+            if len(self.mem.frame_log) < nr + LOG_ROWS:
+                self._set_mem(self.mem._replace(frame_log=records(nr + LOG_ROWS, FRAME_OP_DTYPE)))
+                self.frames.log = self.mem.frame_log.view(np.ndarray)
 
     def new_anon_vma(self):
         return self.new_row("anon_vmas")
@@ -648,6 +677,11 @@ class Machine:
         if self.mem.nodes.nr_pages[nid] == 0:
             raise InvalidInput(f"node {nid} has no memory; use another")
 
+    def check_not_lost(self, folios, nid):
+        """DeviceLost if the target or one of the folios lies on a node that is lost with its device."""
+        if nid in self.frames.lost or np.isin(self.mem.folios.nid[folios], self.frames.lost).any():
+            raise self.frames.loss()
+
     def check_frames(self, what):
         if self.frames is None:
             raise NotSupported(f"this machine is metadata only (placement 'nowhere'): it cannot {what}")
@@ -660,6 +694,22 @@ class Machine:
             yield migrator
         finally:
             self.unregister(migrator)
+
+
+PLACES = {"host": PLACE_HOST, "pinned": PLACE_PINNED, "device": PLACE_DEVICE, "nowhere": PLACE_NOWHERE}
+LOG_ROWS = 1 << 16
+"""Of the frame log of a machine that needs one, at least."""
+
+
+def build_frames(nodes, config, nr_pages):
+    """The memory of nodes given as NODE_DTYPE records: Frames for all where they are of one kind that the CPU reaches, else
+    NodeFrames; None where there is none."""
+    placements = {given.placement for given in config.nodes if given.pages} or {config.nodes[0].placement}
+    if "nowhere" in placements:
+        return None
+    if len(placements) == 1 and "device" not in placements:
+        return Frames(nr_pages, *placements)
+    return NodeFrames([(int(node.start_pfn), given.pages, given.placement) for node, given in zip(nodes, config.nodes)])
 
 
 def node_config(node, placement):

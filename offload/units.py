@@ -163,15 +163,12 @@ def parse_reason(text):
     raise InvalidInput(f"reason {text!r} is not known; use one of: {', '.join(_TRACE_NAMES)}")
 
 
-PLACEMENTS = ("host", "pinned", "nowhere")
-"""Where the frames of a machine may lie: host memory, host memory that a GPU reaches, or metadata only."""
+PLACEMENTS = ("host", "pinned", "device", "nowhere")
+"""Where the frames of a node may lie: host memory, host memory that a GPU reaches, a GPU's own memory, or metadata only."""
 
 
 def parse_placement(text):
-    """A word of PLACEMENTS. NotSupported for "device", InvalidInput for anything else."""
-    if text == "device":
-        raise NotSupported("frames in device memory ('device') are not built in this version: nobody could run them yet, see "
-                           "docs/gpu.md; use pinned, which a GPU reaches over PCIe")
+    """A word of PLACEMENTS. InvalidInput for anything else."""
     if text not in PLACEMENTS:
         raise InvalidInput(f"placement {text!r} is not known here; use one of: {', '.join(PLACEMENTS)}")
     return text

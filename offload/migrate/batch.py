@@ -35,7 +35,7 @@ from offload.migrate.state import FOLIO_WAS_MAPPED, folio_batch_eligible, migrat
 from offload.migrate.unmap import (
     migrate_folio_done, migrate_folio_undo_dst, migrate_folio_undo_src, migrate_folio_unmap,
 )
-from offload.mm.frames import prefetch_frame
+from offload.mm.frames import frame_log_is_full, prefetch_frame
 from offload.mm.memmap import (
     PG_active, PG_deferred_list, PG_hugetlb, PG_movable_ops, PG_partially_mapped, PG_unevictable,
 )
@@ -166,7 +166,7 @@ def find_entry(mem, call, src):
 
 @jit
 def unmap_phase(mem, call):
-    """Phase 1: up to ``passes`` passes of unmapping. 0, or STOP_STEP."""
+    """Phase 1: up to ``passes`` passes of unmapping. 0, or a STOP_* number."""
     c = call.state[0]
     frm = call.lists[c.batch_from]
     while c.in_pass or c.retry and c.pass_ < c.passes:
@@ -178,6 +178,8 @@ def unmap_phase(mem, call):
                 find_entry(mem, call, call.pfns[frm.first + i])
         while c.i < frm.nr:
             src = call.pfns[frm.first + c.i]
+            if frame_log_is_full(mem):
+                return STOP_FRAME_LOG
             if step_before(call, STEP_UNMAP, src):
                 return STOP_STEP
             if c.i + AHEAD < frm.nr:

@@ -13,6 +13,7 @@ from offload.intrinsics import prefetch_record
 from offload.jit import jit
 from offload.migrate.state import batch_counts_as_copied, folio_set_content_copied
 from offload.mm.frames import folios_mc_copy, frame_address
+from offload.mm.memmap import FRAMES_TOGETHER
 from offload.units import PAGE_SIZE, PROTOCOL_V6
 
 __all__ = ("batch_copy_needs_migrator", "mark_copied_folios")
@@ -23,7 +24,7 @@ def batch_copy_needs_migrator(mem, call):
     """Whether Python must have the batch list copied.
 
     Not where the CPU routine is on duty, or nobody is any more (a migrator that left since the batch was chosen): it copies
-    here, as migrate_folios_mc_copy() does. Nor without frames: all are done.
+    here, as migrate_folios_mc_copy() does, unless the nodes' frames lie apart. Nor without frames: all are done.
     """
     c = call.state[0]
     c.batch_copied = 0
@@ -36,13 +37,16 @@ def batch_copy_needs_migrator(mem, call):
         c.batch_copy_failed = 0
         return False
     sys = mem.sys[0]
+    if sys.frames_kind != FRAMES_TOGETHER:
+        c.batch_copy_failed = 1                     # until Python says otherwise
+        return True
     cpu_kernel = sys.offload_cpu_kernel if sys.offload_active else 1 + sys.copy_kernel
     if cpu_kernel:
         c.cpu_batches += 1
         folios_mc_copy(mem, cpu_kernel - 1, call.pair_dst, call.pair_src, call.pair_order, c.nr_batch, call.pair_done)
         c.batch_copy_failed = call.pair_done[c.nr_batch - 1] == 0       # it stops at the first error
         return False
-    c.batch_copy_failed = 1                         # until Python says otherwise
+    c.batch_copy_failed = 1
     return True
 
 

@@ -27,6 +27,8 @@ DONE = 0
 STOP_OFFLOAD_COPY = 1       # the batch list is unmapped and flushed: somebody at the hatch must copy it
 STOP_STEP = 2               # an event is wanted at step ``step`` of folio ``step_folio``
 STOP_CALLBACK = 3           # the owner of movable_ops page ``callback_src`` must move it to ``callback_dst``
+STOP_FRAME_COPY = 4         # folio ``copy_src`` must be copied to ``copy_dst``, and only Python reaches the bytes
+STOP_FRAME_LOG = 5          # Memory.frame_log must be carried out before there is more for it
 
 # --- the steps between which events can be placed; bits of ``stop_mask`` --------------------------------------
 
@@ -79,6 +81,8 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     "dst", "since", "move_at", "old_page_state", "anon_vma", "was_queued", "was_partial",
     # movable_ops: what Python is asked, and the answer
     "callback_owner", "callback_src", "callback_dst", "callback_rc",
+    # a copy of the move phase that Python makes, and what came of it: 0 or -errno
+    "copy_src", "copy_dst", "copy_rc",
     # the batch copy: whether it failed, and (v4, flags, v5) whether the whole batch list counts as copied
     "batch_copy_failed", "batch_copied",
     # pairs of the current batch, see Call

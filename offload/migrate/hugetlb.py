@@ -26,18 +26,19 @@ from offload.intrinsics import clock_ns, ticks
 from offload.jit import jit, jit_entry, jit_once
 from offload.migrate.batch import end_phase
 from offload.migrate.call import (
-    DONE, L_FROM, L_RET, STEP_COPIED, STEP_MOVE, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_STEP, list_add_tail,
+    DONE, L_FROM, L_RET, STEP_COPIED, STEP_MOVE, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_FRAME_LOG, STOP_STEP,
+    list_add_tail,
     step_after, step_before, unpack_call,
 )
-from offload.migrate.move import folio_migrate_flags
+from offload.migrate.move import ask_for_copy, folio_migrate_flags
 from offload.migrate.unmap import get_anon_vma, migrate_folio_undo_dst, put_anon_vma, should_fail_alloc
-from offload.mm.frames import folio_mc_copy, frame_address
+from offload.mm.frames import folio_mc_copy, frame_address, frame_log_is_full
 from offload.mm.hugetlb import (
     HPAGE_NR, alloc_migrate_hugetlb_folio, dequeue_hugetlb_folio_nodemask, folio_putback_hugetlb, hugetlb_fill_slots,
     move_hugetlb_state, remove_hugetlb_migration_ptes, try_to_migrate_hugetlb,
 )
 from offload.mm.memmap import (
-    NO_PFN, PG_hugetlb, PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, folio_expected_ref_count, folio_test_anon, folio_trylock,
+    FRAMES_FAR, NO_PFN, PG_hugetlb, PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, folio_expected_ref_count, folio_test_anon, folio_trylock,
     folio_unlock, unpack,
 )
 from offload.mm.mempolicy import interleave_nid
@@ -60,6 +61,7 @@ HUGETLB_UNMAPPED = 1        # unmapped, locked; its destination is in ``dst``
 HUGETLB_COPY = 2            # about to check references and copy
 HUGETLB_REPLACE = 3         # copied; about to replace the mapping
 HUGETLB_UNDO = 4            # failed with ``batch_rc``; about to be restored
+HUGETLB_COPIED = 5          # references checked; Python has been asked to copy; its answer is there
 
 
 @jit_entry
@@ -142,6 +144,8 @@ def unmap_and_move_hugetlb(mem, call, src):
         if folio.page_flags & PG_hugetlb_unsupported:
             list_add_tail(call, L_RET, src)
             return np.int64(-EINVAL)
+        if frame_log_is_full(mem):
+            return np.int64(STOP_FRAME_LOG)
         if step_before(call, STEP_UNMAP, src):
             return np.int64(STOP_STEP)
         if folio.refcount == 1:                     # freed under us
@@ -220,7 +224,7 @@ def hugetlb_unmap(mem, call, src):
 
 @jit
 def hugetlb_move(mem, call, dst, src):
-    """Contents and state of an unmapped ``src`` to ``dst``, both locked. 0, -EAGAIN, -EHWPOISON, or STOP_STEP.
+    """Contents and state of an unmapped ``src`` to ``dst``, both locked. 0, -EAGAIN, -EHWPOISON, -EIO, or a STOP_* number.
 
     Kernel: move_to_new_folio() down to migrate_folio() (private folios) or hugetlbfs_migrate_folio() (files).
     """
@@ -237,6 +241,9 @@ def hugetlb_move(mem, call, dst, src):
     if c.hugetlb_at == HUGETLB_COPY:
         if mem.folios[src].refcount != expected:
             return np.int64(-EAGAIN)
+        if mem.sys[0].frames_kind == FRAMES_FAR:
+            c.hugetlb_at = HUGETLB_COPIED
+            return ask_for_copy(mem, call, dst, src)
         started = clock_ns() if c.time_copies else np.int64(0)
         rc = folio_mc_copy(mem, dst, src)
         if rc:
@@ -246,6 +253,10 @@ def hugetlb_move(mem, call, dst, src):
         c.copied_folios += 1
         if frame_address(mem, dst):
             c.copied_bytes += np.int64(HPAGE_NR) << PAGE_SHIFT
+        c.hugetlb_at = HUGETLB_REPLACE
+    elif c.hugetlb_at == HUGETLB_COPIED:
+        if c.copy_rc:
+            return c.copy_rc
         c.hugetlb_at = HUGETLB_REPLACE
     if step_before(call, STEP_COPIED, src):
         return np.int64(STOP_STEP)

@@ -13,7 +13,7 @@ import numpy as np
 
 from offload.intrinsics import clock_ns, ticks
 from offload.jit import jit, jit_inline, jit_once
-from offload.migrate.call import STEP_COPIED, STOP_CALLBACK, STOP_STEP, step_before
+from offload.migrate.call import STEP_COPIED, STOP_CALLBACK, STOP_FRAME_COPY, STOP_FRAME_LOG, STOP_STEP, step_before
 from offload.migrate.state import (
     FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, folio_hand_down_copied, folio_take_content_copied, migrate_info_extract,
     migrate_info_record,
@@ -22,10 +22,10 @@ from offload.migrate.unmap import (
     migrate_folio_done, migrate_folio_undo_dst, migrate_folio_undo_src, put_anon_vma,
 )
 from offload.mm.address_space import file_stat_add, fill_slots, filemap_release_folio, folio_clear_dirty, swap_stat_add
-from offload.mm.frames import folio_mc_copy, frame_address
+from offload.mm.frames import folio_mc_copy, frame_address, frame_log_is_full
 from offload.mm.ksm import folio_migrate_ksm
 from offload.mm.memmap import (
-    AOPS_BUFFER, AOPS_BUFFER_NOREFS, AOPS_FILEMAP, AOPS_MIGRATE_FOLIO, AOPS_NONE, AOPS_SECRETMEM, MAPPING_SHMEM, PG_active,
+    AOPS_BUFFER, AOPS_BUFFER_NOREFS, AOPS_FILEMAP, AOPS_MIGRATE_FOLIO, AOPS_NONE, AOPS_SECRETMEM, FRAMES_FAR, MAPPING_SHMEM, PG_active,
     PG_checked, PG_deferred_list, PG_dirty, PG_hwpoison, PG_idle, PG_ksm, PG_large_rmappable, PG_mappedtodisk, PG_movable_ops,
     PG_partially_mapped, PG_private, PG_readahead, PG_referenced, PG_swapbacked, PG_swapcache,
     PG_unevictable, PG_uptodate, PG_workingset, PG_young, folio_expected_ref_count, folio_test_anon, folio_unlock,
@@ -47,6 +47,7 @@ MOVE_BEGIN = 0              # nothing done yet
 MOVE_CONTENTS = 1           # dst's old states are extracted; about to check references and copy
 MOVE_REPLACE = 2            # checked and copied; about to replace the mapping
 MOVE_CALLBACK = 3           # Python has been asked to move a movable_ops page; its answer is there
+MOVE_COPIED = 4             # checked; Python has been asked to copy; its answer is there
 
 TRANSFERRED = (PG_referenced | PG_uptodate | PG_workingset | PG_checked | PG_mappedtodisk | PG_dirty | PG_young
                | PG_idle | PG_readahead | PG_ksm)
@@ -174,12 +175,24 @@ def on_copied_list(call):
     return c.batch_copied != 0 and c.i < c.nr_batch
 
 
+@jit
+def ask_for_copy(mem, call, dst, src):
+    """Have Python copy a folio to or from bytes that compiled code cannot touch: STOP_FRAME_COPY, or -EHWPOISON.
+
+    Taken up again, the call has ``copy_rc``; what is copied Python has counted.
+    """
+    if mem.others[mem.folios[src].others].copy_error:
+        return np.int64(-EHWPOISON)
+    call.state[0].copy_dst, call.state[0].copy_src = dst, src
+    return np.int64(STOP_FRAME_COPY)
+
+
 @jit_once
 def __migrate_folio(mem, call, dst, src, move_private):
     """Contents and state of ``src`` to ``dst``: both locked, ``src`` unmapped.
 
     0, -EAGAIN (an unexplained reference; nothing is changed but that the mark of ``dst`` is gone, so that a retry
-    copies afresh in v6), -EHWPOISON (``src`` cannot be read), or a STOP_* number.
+    copies afresh in v6), -EHWPOISON (``src`` cannot be read), -EIO (its device, or that of ``dst``, is lost), or a STOP_* number.
 
     Kernel: __migrate_folio(), with the mark of RFC v6 2/5 or an earlier one (migrate/state.py).
     """
@@ -189,6 +202,9 @@ def __migrate_folio(mem, call, dst, src, move_private):
         already_copied = folio_take_content_copied(mem, c.protocol, dst, on_copied_list(call))
         if mem.folios[src].refcount != expected:
             return -EAGAIN
+        if not already_copied and mem.sys[0].frames_kind == FRAMES_FAR:
+            c.move_at = MOVE_COPIED
+            return ask_for_copy(mem, call, dst, src)
         if not already_copied:
             started = clock_ns() if c.time_copies else np.int64(0)
             rc = folio_mc_copy(mem, dst, src)
@@ -199,6 +215,10 @@ def __migrate_folio(mem, call, dst, src, move_private):
             c.copied_folios += 1
             if frame_address(mem, dst):
                 c.copied_bytes += np.int64(PAGE_SIZE) << mem.folios[src].order
+        c.move_at = MOVE_REPLACE
+    elif c.move_at == MOVE_COPIED:
+        if c.copy_rc:
+            return c.copy_rc
         c.move_at = MOVE_REPLACE
     if step_before(call, STEP_COPIED, src):
         return STOP_STEP
@@ -316,8 +336,10 @@ def move_to_new_folio(mem, call, dst, src):
 
 @jit
 def migrate_movable_ops_page(mem, call, dst, src):
-    """Have the owner move its page: 0, whatever -errno the owner says, or STOP_CALLBACK."""
+    """Have the owner move its page: 0, whatever -errno the owner says, or a STOP_* number."""
     c = call.state[0]
+    if frame_log_is_full(mem):
+        return np.int64(STOP_FRAME_LOG)
     if c.move_at == MOVE_CALLBACK:
         rc = c.callback_rc
     elif mem.folios[src].private > TOLD_OWNER:

@@ -10,18 +10,18 @@ import time
 import numpy as np
 
 from offload.copy_offload import FolioBatch
-from offload.errors import InvalidInput, WouldHang
+from offload.errors import DeviceLost, InvalidInput, WouldHang
 from offload.intrinsics import read_clocks
 from offload.jit import jit, jit_entry
 from offload.migrate.batch import batch_begin, migrate_pages_batch, sync_begin, sync_next
 from offload.migrate.call import (
-    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_CALLBACK, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
-    make_call, move_list, unpack_call,
+    CALL_DTYPE, DONE, L_BATCH, L_FROM, L_RET, L_SPLIT, STEPS, STOP_CALLBACK, STOP_FRAME_COPY, STOP_FRAME_LOG, STOP_OFFLOAD_COPY,
+    STOP_STEP, list_add_tail, make_call, move_list, unpack_call,
 )
 from offload.migrate.hugetlb import HUGETLB_FIRST, migrate_hugetlbs
-from offload.mm.memmap import PG_hugetlb, unpack
+from offload.mm.memmap import FRAMES_TOGETHER, PG_hugetlb, unpack
 from offload.table import pack
-from offload.units import EAGAIN, MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, MigrateMode, MigrateReason
+from offload.units import EAGAIN, EIO, MIGRATE_ASYNC, NR_MAX_MIGRATE_PAGES_RETRY, PAGE_SIZE, MigrateMode, MigrateReason
 
 __all__ = ("migrate_pages", "MigrateResult", "Event")
 
@@ -225,13 +225,14 @@ def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, eve
     when an exception is raised; with one and not the other, :func:`finish_call` gives the result.
 
     Whatever an event or a migrator raises is raised again, after the batch in hand has been finished without either
-    and the rest was left untried: no folio stays unmapped and nothing is lost. WouldHang is raised likewise where the
+    and the rest was left untried: no folio stays unmapped and nothing is lost but what lies on a device that is lost
+    (DeviceLost). WouldHang is raised likewise where the
     kernel would sleep for ever. ``.result`` of the exception then holds the MigrateResult.
     """
     mem, offload = machine.mem, machine.offload
     nr_pages = count_pages(machine.table, pfns)
     call = make_call(pfns, mode=mode, reason=reason, target=target, batch_pages=machine.config.batch_pages, nr_pages=nr_pages)
-    state, frames = plain(call.state), int(plain(mem.nodes)["frames"][0])
+    state = plain(call.state)
     state["pf_memalloc"], state["time_copies"] = pf_memalloc, time_copies
     if plain(mem.nodes)["nr_hugepages"].any() and (plain(mem.folios)["page_flags"][pfns] & PG_hugetlb).any():
         state["hugetlb"] = HUGETLB_FIRST
@@ -252,7 +253,11 @@ def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, eve
             stop = take_up(state, machine.table, call_table)
             if stop == STOP_OFFLOAD_COPY:
                 if error is None:
-                    offload_copy(machine.mem, call, int(state["nr_batch"][0]), frames, offload)
+                    offload_copy(machine, call, int(state["nr_batch"][0]))
+            elif stop == STOP_FRAME_COPY:
+                copy_far_folio(machine, state)
+            elif stop == STOP_FRAME_LOG:
+                machine.frames.drain(quiet=error is not None)
             elif stop == STOP_CALLBACK:
                 state["callback_rc"] = -EAGAIN      # if it raises, or the call is only being finished
                 if error is None:
@@ -291,8 +296,11 @@ def finish_call(machine, call):
     state = plain(call.state)
     state["stop_mask"], state["step_passed"], state["interrupted"] = 0, 0, 1
     call_table = pack(call)
-    while take_up(state, machine.table, call_table) != DONE:
-        pass
+    while (stop := take_up(state, machine.table, call_table)) != DONE:
+        if stop == STOP_FRAME_COPY:
+            copy_far_folio(machine, state)
+        elif stop == STOP_FRAME_LOG:
+            machine.frames.drain(quiet=True)
     return make_result(call, 0, 0, 1.0)
 
 
@@ -324,16 +332,54 @@ def call_owner(owner, dst, src, mode):
     return rc
 
 
-def offload_copy(mem, call, nr_batch, frames, offload):
+def copy_far_folio(machine, state):
+    """The copy of the move phase where compiled code does not reach the bytes; counted as it would be there.
+
+    -EIO in ``copy_rc`` where a device is lost; DeviceLost where that is found out here.
+    """
+    state["copy_rc"] = -EAGAIN                      # if Ctrl-C strikes: it is tried again
+    frames = machine.frames
+    dst, src = int(state["copy_dst"][0]), int(state["copy_src"][0])
+    order = int(plain(machine.mem.folios)["order"][src])
+    frames.drain(quiet=True)                        # what it could not do shows in the copy
+    started = time.perf_counter_ns()
+    try:
+        rc = frames.copy_folio(dst, src, order)
+    except DeviceLost:
+        state["copy_rc"] = -EIO
+        raise
+    if rc == 0:
+        if state["time_copies"][0]:
+            state["move_copy_ns"] += time.perf_counter_ns() - started
+        state["copied_folios"] += 1
+        state["copied_bytes"] += PAGE_SIZE << order
+    state["copy_rc"] = rc
+
+
+def offload_copy(machine, call, nr_batch):
     """Hand the ``nr_batch`` folios of the batch list to the hatch; its completions are left in ``call.pair_done``, and whether
-    it failed in ``batch_copy_failed``."""
+    it failed in ``batch_copy_failed``.
+
+    DeviceLost where a device is found lost: completions count all the same, but for those of destinations on the device.
+    """
+    mem, offload, frames = machine.mem, machine.offload, machine.frames
     nr = nr_batch
     if len(mem.others) > 1 and offload.meets_poison and mem.others.copy_error.any():
         # A CPU routine meets the machine check at the first such folio and stops, with what it has copied before.
         unreadable = np.flatnonzero(mem.others.copy_error[mem.folios.others[call.pair_src[:nr]]])
         nr = int(unreadable[0]) if len(unreadable) else nr
-    batch = FolioBatch(call.pair_dst[:nr], call.pair_src[:nr], call.pair_order[:nr], frames)
-    rc = offload.offload_copy(batch, call.pair_done[:nr])
+    dst, src, order, done = (array[:nr] for array in (call.pair_dst, call.pair_src, call.pair_order, call.pair_done))
+    if frames.kind == FRAMES_TOGETHER:
+        rc = offload.offload_copy(FolioBatch(dst, src, order, frames.address), done)
+    else:
+        frames.drain()
+        if offload.migrator is None:                # it has left since the batch was chosen: the CPU routine's turn
+            plain(call.state)["cpu_batches"] += 1
+            rc = frames.mc_copy(int(mem.sys.copy_kernel[0]), dst, src, order, done)
+        else:
+            rc = offload.offload_copy(FolioBatch(dst, src, order, frames), done)
+        if rc:
+            frames.settle_batch(dst, done)
     plain(call.state)["batch_copy_failed"] = rc != 0 or nr < nr_batch
 
 

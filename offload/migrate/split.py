@@ -13,7 +13,7 @@ from offload.migrate.call import list_add_tail
 from offload.mm.address_space import file_split_stat, fill_slots, filemap_release_folio
 from offload.mm.frames import frame_address
 from offload.mm.memmap import (
-    PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
+    FRAMES_FAR, PG_deferred_list, PG_hwpoison, PG_ksm, PG_large_rmappable, PG_locked, PG_movable_ops,
     PG_partially_mapped, PG_private, PG_swapcache, PG_writeback, PG_zone_device, VM_LOCKED, folio_expected_ref_count,
     folio_test_anon, folio_trylock, folio_unlock,
 )
@@ -163,9 +163,12 @@ def split_huge_pmds(mem, src):
 
 @jit
 def use_zero_page(mem, piece):
-    """Where a piece holds zeros only, map the shared zero page instead (try_to_map_unused_to_zeropage())."""
+    """Where a piece holds zeros only, map the shared zero page instead (try_to_map_unused_to_zeropage()).
+
+    Left out on a machine with a device node: nobody here can look at the bytes.
+    """
     address = frame_address(mem, piece)
-    if address == 0 or mem.folios[piece].page_flags & PG_hwpoison or not bytes_are_zero(address, PAGE_SIZE):
+    if address == 0 or mem.sys[0].frames_kind == FRAMES_FAR or mem.folios[piece].page_flags & PG_hwpoison or not bytes_are_zero(address, PAGE_SIZE):
         return
     cursor = rmap_first(mem, piece)
     while cursor:

@@ -5,7 +5,6 @@ in pieces when there are fewer folios than threads. Its default of 4 threads and
 (offload.kernels.cpu) and its choice of CPUs (cpuselect) are not.
 """
 
-from offload.kernels.base import CopyPlan
 from offload.kernels.cpu import CpuBackend
 
 __all__ = ("CpuMt",)
@@ -16,12 +15,13 @@ class CpuMt:
 
     name = "cpu_mt"
     owner = "cpu_mt"
+    reaches_devices = False
 
     def __init__(self, threads=4, kernel="plain"):
         self.backend = CpuBackend(kernel, threads)
 
     def offload_copy(self, batch, done):
-        return self.backend.copy(CopyPlan(batch.frames, batch.frames, batch.dst, batch.src, batch.order), done)
+        return self.backend.copy(batch.plan(), done)
 
     def close(self):
         """End its threads; it starts new ones if it is used again."""

@@ -26,7 +26,7 @@ import numpy as np
 from offload.copy_offload import WRITTEN_UNMARKED, format_reason_mask, parse_reason_mask
 from offload.dmaengine import DmaDevice, dma_request_chan
 from offload.errors import InvalidInput
-from offload.kernels.base import DMA_TRANS_NOERROR, CopyPlan
+from offload.kernels.base import DMA_TRANS_NOERROR
 from offload.kernels.cpu_channels import CpuProvider
 from offload.units import EINVAL, EIO, ENODEV, ETIMEDOUT, parse_unsigned
 
@@ -82,6 +82,11 @@ class Dcbm:
         return cls(DmaDevice(CpuProvider(channels, kernel)), channels, **options)
 
     @property
+    def reaches_devices(self):
+        """Whether its channels copy to and from device memory."""
+        return getattr(self.device.provider, "reaches_devices", False)
+
+    @property
     def nr_dma_chan(self):
         return self._nr_dma_chan
 
@@ -126,8 +131,7 @@ class Dcbm:
         interrupt = "last" if self.completion == "last" else "each"
         txs = []
         for chan, share in zip(chans, shares):
-            plan = CopyPlan(batch.frames, batch.frames, batch.dst[share], batch.src[share], batch.order[share])
-            tx = chan.prep_dma_memcpy(plan, result[share], interrupt)
+            tx = chan.prep_dma_memcpy(batch.plan(share), result[share], interrupt)
             if tx is None or chan.submit(tx) < 0:
                 return -EIO
             txs.append(tx)

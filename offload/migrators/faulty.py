@@ -37,6 +37,10 @@ class FaultyMigrator:
     def meets_poison(self):
         return getattr(self.migrator, "meets_poison", True)
 
+    @property
+    def reaches_devices(self):
+        return getattr(self.migrator, "reaches_devices", True)
+
     def offload_copy(self, batch, done):
         if self.declines:
             return -EOPNOTSUPP

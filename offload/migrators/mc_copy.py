@@ -2,10 +2,10 @@
 
 Stands for migrate_folios_mc_copy(), the CPU routine of RFC v6 4/5 (not merged): the default target of the hatch and
 the reference for all other migrators. As there, where it is a static call, the path reaches it without leaving compiled
-code: going through Python costs 10 us a batch, a tenth of a batch of one 2 MiB folio.
+code: going through Python costs 10 us a batch, a tenth of a batch of one 2 MiB folio. Where the nodes' frames lie apart that
+has to be; device memory is copied folio by folio, as in a move (mm/far_frames.py).
 """
 
-from offload.kernels.base import CopyPlan
 from offload.kernels.cpu import KERNELS, CpuBackend
 
 __all__ = ("McCopy",)
@@ -23,7 +23,14 @@ class McCopy:
             self.cpu_kernel = 1 + KERNELS.index(kernel)
 
     def offload_copy(self, batch, done):
-        return self.backend.copy(CopyPlan(batch.frames, batch.frames, batch.dst, batch.src, batch.order), done)
+        if isinstance(batch.frames, int):
+            return self.backend.copy(batch.plan(), done)
+        return batch.frames.mc_copy(KERNELS.index(self.backend.kernel), batch.dst, batch.src, batch.order, done)
+
+    @property
+    def reaches_devices(self):
+        """Non-temporal stores are the CPU's."""
+        return self.backend.kernel == "plain"
 
     def close(self):
         self.backend.close()

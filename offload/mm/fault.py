@@ -10,13 +10,11 @@ Nothing here runs while a migration does, except as an event between its steps.
 
 import numpy as np
 
-from offload.intrinsics import fill_bytes
 from offload.jit import jit, jit_entry, jit_inline
-from offload.kernels.cpu import copy_bytes
 from offload.mm.address_space import (
     filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio, swap_cache_get_folio, swap_duplicate,
 )
-from offload.mm.frames import copy_pages, frame_address, zero_frames
+from offload.mm.frames import copy_memory, copy_pages, fill_memory, frame_address, frame_log_is_full, zero_frames
 from offload.mm.memmap import (
     NO_PFN, PG_ksm, PG_lru, PG_swapbacked, PG_swapcache, PG_uptodate, VM_HUGETLB, VM_PFNMAP, VM_READ, VM_SHARED, VM_WRITE,
     page_folio, unpack,
@@ -437,11 +435,12 @@ def handle_fault(mem, vma, address, write):
 def populate_anonymous(mem_table, vma, start, end, write):
     """Fault in [start, end) of an anonymous vma as far as nothing has ever been there. Returns (address reached, 0 or -ENOMEM).
 
-    Stops short of what needs :func:`populate`, which most programs never do: this is compiled much faster.
+    Stops short of what needs :func:`populate`, which most programs never do: this is compiled much faster. Or where the
+    frame log is full.
     """
     mem = unpack(mem_table)
     address = start
-    while address < end:
+    while address < end and not frame_log_is_full(mem):
         entry, value, pfn = lookup_page(mem, mem.vmas[vma].mm, address)
         if value == 0:
             rc = do_anonymous_page(mem, vma, address, write)
@@ -456,10 +455,10 @@ def populate_anonymous(mem_table, vma, start, end, write):
 
 @jit_entry
 def populate(mem_table, vma, start, end, write):
-    """Fault in [start, end) of any vma. Returns (address reached, 0 or the first error)."""
+    """Fault in [start, end) of any vma. Returns (address reached, 0 or the first error): before ``end`` where the frame log is full."""
     mem = unpack(mem_table)
     address = start
-    while address < end:
+    while address < end and not frame_log_is_full(mem):
         entry, value, pfn = lookup_page(mem, mem.vmas[vma].mm, address)
         if value & PTE_PRESENT == 0 or write and value & PTE_WRITE == 0:
             rc = handle_fault(mem, vma, address, write)
@@ -474,12 +473,12 @@ def populate(mem_table, vma, start, end, write):
 def access(mem_table, mm, address, buffer, nbytes, write):
     """Copy between a process's memory and ``buffer`` (an address) as far as pages are accessible.
 
-    Returns the bytes copied: all, or up to the first page that needs a fault. Marks entries young, and dirty if
-    written.
+    Returns the bytes copied: all, or up to the first page that needs a fault, or until the frame log is full. Marks entries
+    young, and dirty if written. FRAMES_FAR: they are copied when the log is carried out, the buffer must live so long.
     """
     mem = unpack(mem_table)
     done = 0
-    while done < nbytes:
+    while done < nbytes and not frame_log_is_full(mem):
         at = address + done
         entry, value, pfn = lookup_page(mem, mm, at)
         if value & PTE_PRESENT == 0 or write and value & PTE_WRITE == 0:
@@ -488,11 +487,11 @@ def access(mem_table, mm, address, buffer, nbytes, write):
         chunk = min(nbytes - done, left - (at & left - 1))
         mem.tables[entry] = value | PTE_YOUNG | (PTE_DIRTY if write else 0)
         if pfn == NO_PFN:
-            fill_bytes(buffer + done, 0, chunk)
+            fill_memory(mem, buffer + done, 0, chunk)
         elif write:
-            copy_bytes(0, frame_address(mem, page_folio(mem, pfn)) + in_folio(mem, pfn, at), buffer + done, chunk)
+            copy_memory(mem, frame_address(mem, page_folio(mem, pfn)) + in_folio(mem, pfn, at), buffer + done, chunk)
         else:
-            copy_bytes(0, buffer + done, frame_address(mem, page_folio(mem, pfn)) + in_folio(mem, pfn, at), chunk)
+            copy_memory(mem, buffer + done, frame_address(mem, page_folio(mem, pfn)) + in_folio(mem, pfn, at), chunk)
         done += chunk
     return done
 

@@ -1,13 +1,16 @@
 """Where the bytes of a node's page frames live, and the copy of one folio.
 
-Stands for the direct map, folio_mc_copy() (mm/util.c) and folio_zero_range(); v7.3. A machine's frames lie
+Stands for the direct map, folio_mc_copy() (mm/util.c) and folio_zero_range(); v7.3. A node's frames lie
 in host memory (one anonymous mapping for all nodes, huge pages advised), in *pinned* memory (page-locked by the CUDA
-driver: the CPU does with it what it does with any, and a GPU reaches it), or *nowhere*: metadata only, so
+driver: the CPU does with it what it does with any, and a GPU reaches it), in *device* memory, or *nowhere*: metadata only, so
 that a large machine fits in little memory; then a copy moves nothing and is not counted.
 
-Leaves out frames in device memory: the compiled path would have to stop for each copy, and nobody could run it yet.
+Where all nodes are of one kind that the CPU reaches, one :class:`Frames` holds them all and one base address serves both ends
+of a copy. Else each node has its own (far_frames.py). On a machine with a device node compiled code touches no byte of any
+node: what it would do it writes into Memory.frame_log, and Python does it, in that order.
 """
 
+import ctypes
 import mmap
 import weakref
 
@@ -16,37 +19,79 @@ import numpy as np
 from offload.errors import InvalidInput, OutOfMemory
 from offload.intrinsics import fill_bytes
 from offload.jit import jit, jit_inline
-from offload.kernels.cpu import KERNEL_STREAM, copy_bytes, copy_folios, prefetch, stream_fence
-from offload.mm.memmap import FIRST_PFN
+from offload.kernels.base import CopyPlan
+from offload.kernels.checksum import checksum_pages
+from offload.kernels.cpu import KERNEL_STREAM, KERNELS, CpuBackend, copy_bytes, copy_folios, prefetch, stream_fence
+from offload.mm.memmap import FIRST_PFN, FRAMES_FAR, FRAMES_TOGETHER
 from offload.units import EHWPOISON, PAGE_SHIFT, PAGE_SIZE, format_size
 
-__all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_frame", "folio_mc_copy", "folios_mc_copy", "copy_pages", "POISON")
+__all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_frame", "folio_mc_copy", "folios_mc_copy", "copy_pages",
+           "copy_memory", "frame_log_is_full", "POISON")
 
 POISON = 0xAA
+FRAME_LOG_SPARE = 1024
+"""Rows that are kept free for what is done between two looks at frame_log_is_full()."""
 HUGE_PAGE = 2 << 20
 
 
 class Frames:
-    """The memory behind ``nr_pages`` frames from FIRST_PFN on. ``address`` is the one pfn 0 would have.
+    """The memory behind ``nr_pages`` frames from ``first_pfn`` on. ``address`` is the one pfn 0 would have.
 
     ``placement`` is "host" or "pinned". Raises OutOfMemory when the memory cannot be had, EngineUnavailable where no GPU
     is there to pin it for. Nothing of host memory is resident before it is touched, all of pinned memory is. It is given
     back when neither this object nor a view is left.
+
+    What reads and writes frames from Python uses the methods, which NodeFrames (far_frames.py) has too.
     """
 
-    def __init__(self, nr_pages, placement="host"):
-        self.nbytes = nr_pages * PAGE_SIZE
+    kind = FRAMES_TOGETHER
+    lost = ()
+    """Nodes that are lost with their device."""
+
+    def __init__(self, nr_pages, placement="host", first_pfn=FIRST_PFN):
+        self.nbytes, self.first_pfn, self.placement = nr_pages * PAGE_SIZE, first_pfn, placement
         whole = (pinned_bytes if placement == "pinned" else host_bytes)(self.nbytes + HUGE_PAGE)
         offset = -whole.ctypes.data % HUGE_PAGE
         self._bytes = whole[offset:offset + self.nbytes]
-        self.address = self._bytes.ctypes.data - (FIRST_PFN << PAGE_SHIFT)
+        self.address = self._bytes.ctypes.data - (first_pfn << PAGE_SHIFT)
 
     def view(self, pfn, nr_pages):
         """The bytes of pages ``pfn`` .. as a writable uint8 array of shape (nr_pages, PAGE_SIZE); no copy."""
-        start = (pfn - FIRST_PFN) * PAGE_SIZE
-        if pfn < FIRST_PFN or start + nr_pages * PAGE_SIZE > self.nbytes:
+        start = (pfn - self.first_pfn) * PAGE_SIZE
+        if pfn < self.first_pfn or start + nr_pages * PAGE_SIZE > self.nbytes:
             raise InvalidInput(f"pages {pfn}..{pfn + nr_pages - 1} are not frames of this machine")
         return self._bytes[start:start + nr_pages * PAGE_SIZE].reshape(nr_pages, PAGE_SIZE)
+
+    def read(self, pfn, nr_pages):
+        """A copy of the bytes of pages ``pfn`` ..: uint8 of shape (nr_pages, PAGE_SIZE)."""
+        return self.view(pfn, nr_pages).copy()
+
+    def write(self, pfn, data, offset=0):
+        """Write ``data`` (a contiguous array of bytes) from byte ``offset`` of page ``pfn`` on."""
+        data = np.frombuffer(data, np.uint8)
+        nr_pages = -(-(offset + len(data)) // PAGE_SIZE)
+        self.view(pfn, nr_pages).reshape(-1)[offset:offset + len(data)] = data
+
+    def fill(self, pfn, nr_pages, value):
+        """Fill pages ``pfn`` .. with one byte."""
+        view = self.view(pfn, nr_pages)
+        ctypes.memset(view.ctypes.data, value, view.nbytes)
+
+    def checksums(self, pfns):
+        """The checksum (uint64, kernels/checksum.py) of each of these pages."""
+        return checksum_pages(self._bytes.reshape(-1, PAGE_SIZE), np.asarray(pfns) - self.first_pfn)
+
+    def plan(self, dst, src, order):
+        """The CopyPlan of folios by pfn."""
+        return CopyPlan(self.address, self.address, dst, src, order)
+
+    def mc_copy(self, kernel, dst, src, order, done):
+        """folios_mc_copy() for callers in Python, with the copy kernel of this number: 0, ``done`` set."""
+        with CpuBackend(KERNELS[kernel]) as backend:
+            return backend.copy(self.plan(dst, src, order), done)
+
+    def drain(self):
+        """Carry out what compiled code has left to Python: nothing here, it can touch these bytes."""
 
 
 def host_bytes(nbytes):
@@ -77,9 +122,51 @@ def pinned_bytes(nbytes):
 
 @jit_inline
 def frame_address(mem, pfn):
-    """Address of a frame's first byte; 0 where the machine is metadata only."""
+    """Address of a frame's first byte; 0 where the machine is metadata only. FRAMES_FAR: not to be touched."""
     frames = mem.nodes[mem.folios[pfn].nid].frames
     return frames + (pfn << PAGE_SHIFT) if frames else np.int64(0)
+
+
+@jit
+def log_frame_op(mem, dst, src, nbytes, value):
+    """Leave to Python what compiled code cannot do to memory: a row of FRAME_OP_DTYPE, or a longer last one."""
+    sys = mem.sys[0]
+    nr = sys.frame_log_nr
+    if nr > sys.frame_log_at:
+        last = mem.frame_log[nr - 1]
+        if last.dst + last.nbytes == dst and (last.src + last.nbytes == src if src else last.src == 0 and last.value == value):
+            last.nbytes += nbytes
+            return
+    if nr == len(mem.frame_log):
+        sys.frame_log_lost += 1
+        return
+    row = mem.frame_log[nr]
+    row.dst, row.src, row.nbytes, row.value = dst, src, nbytes, value
+    sys.frame_log_nr = nr + 1
+
+
+@jit_inline
+def frame_log_is_full(mem):
+    """Whether Python must carry out the log now: there is room for one folio's affairs, but not for many."""
+    return mem.sys[0].frame_log_nr + FRAME_LOG_SPARE > len(mem.frame_log) and mem.sys[0].frame_log_nr != 0
+
+
+@jit
+def fill_memory(mem, address, value, nbytes):
+    """memset() of frames, now or when the log is carried out."""
+    if mem.sys[0].frames_kind == FRAMES_FAR:
+        log_frame_op(mem, address, np.int64(0), nbytes, np.int64(value))
+    else:
+        fill_bytes(address, value, nbytes)
+
+
+@jit
+def copy_memory(mem, dst, src, nbytes):
+    """Copy with the plain kernel between addresses, one of them a frame's; now or when the log is carried out."""
+    if mem.sys[0].frames_kind == FRAMES_FAR:
+        log_frame_op(mem, dst, src, nbytes, np.int64(0))
+    else:
+        copy_bytes(0, dst, src, nbytes)
 
 
 @jit
@@ -87,14 +174,14 @@ def poison_frames(mem, pfn, nr_pages):
     """Fill frames with POISON (init_on_alloc's unkind sister), so that a missing copy is seen."""
     address = frame_address(mem, pfn)
     if address:
-        fill_bytes(address, POISON, nr_pages << PAGE_SHIFT)
+        fill_memory(mem, address, POISON, nr_pages << PAGE_SHIFT)
 
 
 @jit
 def zero_frames(mem, pfn, nr_pages):
     address = frame_address(mem, pfn)
     if address:
-        fill_bytes(address, 0, nr_pages << PAGE_SHIFT)
+        fill_memory(mem, address, 0, nr_pages << PAGE_SHIFT)
 
 
 @jit
@@ -102,7 +189,7 @@ def copy_pages(mem, dst, src, nr_pages):
     """Copy ``nr_pages`` frames with the plain kernel (copy_user_highpage() and the like)."""
     address = frame_address(mem, dst)
     if address:
-        copy_bytes(0, address, frame_address(mem, src), nr_pages << PAGE_SHIFT)
+        copy_memory(mem, address, frame_address(mem, src), nr_pages << PAGE_SHIFT)
 
 
 @jit_inline
@@ -117,6 +204,8 @@ def prefetch_frame(mem, pfn):
 @jit
 def folios_mc_copy(mem, kernel, dst, src, order, nr, done):
     """Copy the first ``nr`` folios of three arrays, in order, and set their ``done``, up to one that cannot be read.
+
+    FRAMES_TOGETHER alone.
 
     Kernel: folios_mc_copy() (mm/util.c in RFC v6 1/5).
     """

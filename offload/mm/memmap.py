@@ -32,7 +32,7 @@ from offload.units import MAX_PAGE_ORDER
 
 __all__ = (
     "FOLIO_DTYPE", "NODE_DTYPE", "FREE_AREA_DTYPE", "MM_DTYPE", "VMA_DTYPE", "ANON_VMA_DTYPE", "AVC_DTYPE",
-    "RMAP_ITEM_DTYPE", "MAPPING_DTYPE", "OTHERS_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "unpack",
+    "RMAP_ITEM_DTYPE", "MAPPING_DTYPE", "OTHERS_DTYPE", "FRAME_OP_DTYPE", "SYS_DTYPE", "Memory", "FIRST_PFN", "NO_PFN", "unpack",
     "folio_test_anon", "folio_test_large", "page_folio", "folio_expected_ref_count", "folio_trylock",
     "folio_unlock", "folio_is_file_lru",
 )
@@ -98,7 +98,11 @@ AOPS_NAMES = {"migrate_folio": AOPS_MIGRATE_FOLIO, "filemap": AOPS_FILEMAP, "buf
 
 # --- where a node's bytes live --------------------------------------------------------------------------------
 
-PLACE_HOST, PLACE_NOWHERE = 1, 2
+PLACE_HOST, PLACE_PINNED, PLACE_DEVICE, PLACE_NOWHERE = 1, 2, 3, 4
+
+FRAMES_TOGETHER, FRAMES_APART, FRAMES_FAR = 0, 1, 2
+"""How the nodes' bytes lie: at one address (or there are none); at one each, all within the CPU's reach; or some in device
+memory. Of a machine of the last kind compiled code touches no byte: see mm/far_frames.py."""
 
 FOLIO_DTYPE = np.dtype({
     "page_flags": (np.int64, 0),    # PG_*
@@ -119,7 +123,7 @@ FOLIO_DTYPE = np.dtype({
 
 NODE_DTYPE = np.dtype([(name, np.int64) for name in (
     "start_pfn", "nr_pages", "cpus", "place",
-    "frames",                       # address of the byte that pfn 0 would have; 0 for PLACE_NOWHERE
+    "frames",                       # address of the byte that pfn 0 would have, if its node went so far; 0 for PLACE_NOWHERE
     "nr_free_pages",
     "nr_isolated_anon", "nr_isolated_file",
     "nr_lru_anon", "nr_lru_file", "nr_unevictable",
@@ -207,6 +211,9 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_tables", "free_table",      # page-table pages handed out so far; head of the list of returned ones
     "lru_batch_nr", "lru_disabled",
     "offload_active", "offload_reasons",
+    "frames_kind",                  # FRAMES_*
+    "frame_log_at", "frame_log_nr", # Memory.frame_log: rows that have been carried out, and rows written
+    "frame_log_lost",               # rows that found no room, which is a bug
     "protocol",                     # PROTOCOL_*: the rules of the batch copy (migrate/state.py)
     "offload_cpu_kernel",           # 1 + the copy kernel if the CPU routine is on duty; 0: somebody Python must call
     "memory_tiering",               # NUMA_BALANCING_MEMORY_TIERING; nodes with CPUs are the top tier
@@ -221,6 +228,10 @@ SYS_DTYPE = np.dtype([(name, np.int64) for name in (
     "cc_nid", "cc_freepages", "cc_nr_freepages", "cc_nr_migratepages", "cc_migrate_page", "cc_free_page",
 )], align=True)
 """What there is one of: switches, the per-CPU LRU batch's fill, vmstat counters (units as in the kernel)."""
+
+FRAME_OP_DTYPE = np.dtype([(name, np.int64) for name in ("dst", "src", "nbytes", "value")], align=True)
+"""What is to be done to bytes that only Python reaches: copy ``nbytes`` from address ``src`` to ``dst``, or, where ``src`` is 0,
+fill them with ``value``."""
 
 LRU_BATCH_SIZE = 31
 """PAGEVEC_SIZE (include/linux/folio_batch.h)."""
@@ -247,12 +258,13 @@ class Memory(NamedTuple):
     others: np.recarray             # OTHERS_DTYPE
     scripts: np.ndarray             # int64: outcomes told beforehand. At a script's index how many are left, then they, last to first
     lru_batch: np.ndarray           # int64, LRU_BATCH_SIZE pfns
+    frame_log: np.recarray          # FRAME_OP_DTYPE: what is still to be done to frames, in order; empty unless FRAMES_FAR
     sys: np.recarray                # SYS_DTYPE, one row
 
 
 MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.int64, np.int64, MM_DTYPE, VMA_DTYPE,
                        ANON_VMA_DTYPE, AVC_DTYPE, RMAP_ITEM_DTYPE, MAPPING_DTYPE, np.int64, np.int64, np.int64, OTHERS_DTYPE, np.int64,
-                       np.int64, SYS_DTYPE)
+                       np.int64, FRAME_OP_DTYPE, SYS_DTYPE)
 
 
 HUGE_PAGE = 2 << 20

@@ -17,7 +17,7 @@ from offload.mm.fault import (
 from offload.mm.gup import get_user_page, put_user_page
 from offload.mm.madvise import madvise_cold, madvise_free, writeback_range
 from offload.mm.memmap import (
-    NO_PFN, VM_DONTCOPY, VM_EXEC, VM_HUGETLB, VM_LOCKED, VM_PFNMAP, VM_READ, VM_SHARED, VM_WRITE,
+    FRAMES_FAR, NO_PFN, VM_DONTCOPY, VM_EXEC, VM_HUGETLB, VM_LOCKED, VM_PFNMAP, VM_READ, VM_SHARED, VM_WRITE,
 )
 from offload.mm.swap import swap_candidate, swap_out_folio
 from offload.mm.pagetable import PMD_SIZE, PTE_UFFD_WP, PTE_WRITE, TASK_SIZE
@@ -41,6 +41,7 @@ class File:
 
     def read_ahead(self, vma, dirty=False):
         """Fill its page cache, ``dirty`` or clean, with folios such as faults of the vma would bring. OutOfMemory."""
+        self.machine.reserve_frame_ops(2 * self.nr_pages)
         if fill_page_cache(self.machine.table, vma, dirty):
             raise OutOfMemory(f"no node has room for {self!r}; make the machine's nodes larger")
 
@@ -406,6 +407,7 @@ class Process:
             if not copied:                          # vma_needs_copy(): the child faults in what it touches
                 continue
             machine.reserve_tables(end - start)
+            machine.reserve_frame_ops(2 * (end - start) // PAGE_SIZE)
             rc = copy_page_range(machine.table, vma, new)
             if rc:
                 child.exit()
@@ -438,10 +440,13 @@ class Process:
                 self._access(address, before, write)
             self._complain(*refused, -EFAULT, write)
         where = buffer.ctypes.data
+        if machine.frames.kind == FRAMES_FAR:
+            machine.frames.keep(buffer)
         done = 0
         while done < len(buffer):
             at = address + done
             done += access(machine.table, self.mm, at, where + done, len(buffer) - done, write)
+            machine.frames.drain()
             at = address + done
             if done < len(buffer):
                 vma = self._vma_at(at)
@@ -504,13 +509,15 @@ class Process:
         machine = self.machine
         machine.reserve_tables(end - start)
         row = machine.mem.vmas[vma]
-        reached, rc = start, 0
-        if row.mapping == 0 and row.vm_flags & VM_HUGETLB == 0 and not self._refuses(vma, write):
-            reached, rc = populate_anonymous(machine.table, vma, start, end, write)
-        if rc == 0 and reached < end:
-            reached, rc = populate(machine.table, vma, reached, end, write)
-        if rc:
-            self._complain(vma, int(reached), rc, write)
+        anonymous = row.mapping == 0 and row.vm_flags & VM_HUGETLB == 0 and not self._refuses(vma, write)
+        while start < end:
+            rc = 0
+            if anonymous:
+                start, rc = populate_anonymous(machine.table, vma, start, end, write)
+            if rc == 0 and start < end:
+                start, rc = populate(machine.table, vma, start, end, write)
+            if rc:
+                self._complain(vma, int(start), rc, write)
 
     def _refuses(self, vma, write):
         """Whether the vma's protection forbids the access to all of its pages, mapped or not, or they have no bytes."""

@@ -12,9 +12,8 @@ PTE_EXCLUSIVE and PTE_UFFD_WP stay with it.
 import numpy as np
 
 from offload.jit import jit, jit_entry, jit_inline
-from offload.kernels.cpu import copy_bytes
 from offload.mm.address_space import delete_from_swap_cache, folio_clear_dirty, swap_cache_add_folio, swap_cache_get_folio
-from offload.mm.frames import frame_address
+from offload.mm.frames import copy_memory, frame_address
 from offload.mm.memmap import (
     NO_PFN, PG_dirty, PG_ksm, PG_lru, PG_mlocked, PG_swapcache, page_folio, unpack,
 )
@@ -67,7 +66,7 @@ def swap_read(mem, pfn, entry):
     """Read one page in (swap_read_folio())."""
     address = frame_address(mem, pfn)
     if address:
-        copy_bytes(0, address, swap_address(mem, entry), np.int64(PAGE_SIZE))
+        copy_memory(mem, address, swap_address(mem, entry), np.int64(PAGE_SIZE))
 
 
 @jit
@@ -112,7 +111,7 @@ def swap_out_folio(mem_table, pfn, entry):
     nr_pages = np.int64(1) << folio.order
     address = frame_address(mem, pfn)
     if address:
-        copy_bytes(0, swap_address(mem, entry), address, nr_pages << PAGE_SHIFT)
+        copy_memory(mem, swap_address(mem, entry), address, nr_pages << PAGE_SHIFT)
     folio_clear_dirty(mem, pfn)
     if folio.refcount == nr_pages + 1:
         delete_from_swap_cache(mem, pfn)
