@@ -25,7 +25,7 @@ class StubState(ctypes.Structure):
     """``struct stub_state``."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (
-        "cap", "fail_copy", "fail_launch", "fail_alloc", "lose_at", "no_batch", "version", "corrupt", "ns_copy", "ns_launch", "ps_byte",
+        "cap", "fail_copy", "fail_launch", "fail_alloc", "lose_at", "no_batch", "version", "corrupt", "ns_copy", "ns_launch", "ps_byte", "device_bytes",
         "batch_calls", "most_descriptors", "copies", "executed", "launches", "allocs", "frees", "streams", "events", "flags",
         "blocks", "threads", "lost", "device_ns", "bytes", "async_calls")]
 
@@ -68,9 +68,9 @@ class Stub:
         for name, _ in StubState._fields_:
             if name not in ("streams", "events"):   # what earlier tests hold
                 setattr(self.state, name, 0)
-        self.state.cap, self.state.version = 1 << 20, 12080
+        self.state.cap, self.state.version, self.state.device_bytes = 1 << 20, 12080, 1 << 40
         for name in ("fail_copy", "fail_launch", "fail_alloc", "lose_at"):
             setattr(self.state, name, -1)
 
     def device(self):
-        return Device(self.driver, 0, lambda capability: b"stub image", self.lines.append)
+        return Device(self.driver, 0, lambda capability, name: b"stub image", self.lines.append)

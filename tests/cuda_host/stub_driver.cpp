@@ -6,7 +6,9 @@
 //   are refused;
 // * it fails where it is told to: at one descriptor, at one launch, at one allocation, or from one copy on, as a lost device.
 //
-// "Device" memory is the process's own. Kernels are copy_folios.cu, compiled for this machine by shim.h.
+// "Device" memory is the process's own, but at the address that callers get nobody may read or write it (PROT_NONE), except while
+// a kernel runs: code of ours that touches it crashes. The stub itself uses a second mapping. Kernels are copy_folios.cu and
+// checksum_pages.cu, compiled for this machine by shim.h.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +19,9 @@
 #include <mutex>
 #include <new>
 #include <type_traits>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #ifdef HAVE_CUDA_H
 #include <cuda.h>       // then the compiler compares the signatures
@@ -37,6 +42,9 @@ enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY 
 
 #include "shim.h"
 #include "copy_folios.cu"
+namespace checksum {
+#include "checksum_pages.cu"
+}
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) CUresult
 
@@ -46,11 +54,13 @@ struct stub_state {
 	int64_t cap, fail_copy, fail_launch, fail_alloc, lose_at, no_batch, version, corrupt;
 	// The stub's device time: ns for each copy that is executed, for each launch, and ps for each byte of either.
 	int64_t ns_copy, ns_launch, ps_byte;
+	// Bytes of device memory in all.
+	int64_t device_bytes;
 	// Read.
 	int64_t batch_calls, most_descriptors, copies, executed, launches, allocs, frees, streams, events, flags, blocks, threads, lost, device_ns, bytes, async_calls;
 };
 extern "C" {
-__attribute__((visibility("default"))) stub_state stub = {1 << 20, -1, -1, -1, -1, 0, 12080, 0, 0, 0, 0,
+__attribute__((visibility("default"))) stub_state stub = {1 << 20, -1, -1, -1, -1, 0, 12080, 0, 0, 0, 0, int64_t(1) << 40,
 							   0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }
 
@@ -78,6 +88,53 @@ static void spend(int64_t ns, size_t size)
 	stub.device_ns += ns + stub.ps_byte * int64_t(size) / 1000;
 }
 
+// Device memory: where each piece begins for callers, its size, and where the stub reaches it.
+struct piece { size_t size; char *here; };
+static std::map<uintptr_t, piece> device_memory;
+
+static const std::pair<const uintptr_t, piece> *find_piece(uintptr_t address)
+{
+	auto next = device_memory.upper_bound(address);
+
+	if (next == device_memory.begin() || address >= std::prev(next)->first + std::prev(next)->second.size)
+		return nullptr;
+	return &*std::prev(next);
+}
+
+static bool is_whole(uintptr_t address, size_t size)            // not half in device memory, half beyond
+{
+	auto found = find_piece(address);
+
+	return !found || address + size <= found->first + found->second.size;
+}
+
+static void *reach(uintptr_t address)
+{
+	auto found = find_piece(address);
+
+	return found ? found->second.here + (address - found->first) : reinterpret_cast<void *>(address);
+}
+
+// While one lives, code may use device addresses as they are.
+struct kernel_runs {
+	kernel_runs() { protect(PROT_READ | PROT_WRITE); }
+	~kernel_runs() { protect(PROT_NONE); }
+	static void protect(int access)
+	{
+		for (auto &one : device_memory)
+			mprotect(reinterpret_cast<void *>(one.first), one.second.size, access);
+	}
+};
+
+static void fill(CUdeviceptr dst, unsigned char value, size_t size)
+{
+	spend(stub.ns_copy, size);
+	if (stub.lose_at == stub.executed++)
+		stub.lost = 1;
+	else
+		memset(reach(dst), value, size);
+}
+
 static void copy(CUdeviceptr dst, CUdeviceptr src, size_t size)
 {
 	spend(stub.ns_copy, size);
@@ -85,9 +142,9 @@ static void copy(CUdeviceptr dst, CUdeviceptr src, size_t size)
 		stub.lost = 1;
 		return;
 	}
-	memcpy(reinterpret_cast<void *>(dst), reinterpret_cast<void *>(src), size);
+	memcpy(reach(dst), reach(src), size);
 	if (stub.corrupt)
-		*reinterpret_cast<char *>(dst) ^= 1;
+		*static_cast<char *>(reach(dst)) ^= 1;
 }
 
 EXPORT cuInit(unsigned int flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
@@ -117,8 +174,6 @@ EXPORT cuDevicePrimaryCtxRetain(CUcontext *made, CUdevice device)
 EXPORT cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 EXPORT cuCtxSetCurrent(CUcontext wanted) { current = wanted; return CUDA_SUCCESS; }
 
-static std::map<uintptr_t, size_t> device_memory;       // where each piece begins, and its size
-
 static CUresult allocate(void **made, size_t size)
 {
 	if (stub.fail_alloc == stub.allocs++ || !size)
@@ -135,20 +190,55 @@ static CUresult release(void *memory)
 	return CUDA_SUCCESS;
 }
 
+static int64_t device_free()
+{
+	int64_t free_bytes = stub.device_bytes;
+
+	for (auto &one : device_memory)
+		free_bytes -= one.second.size;
+	return free_bytes;
+}
+
 EXPORT cuMemAlloc_v2(CUdeviceptr *made, size_t size)
 {
 	ENTER_CONTEXT;
-	CUresult result = allocate(reinterpret_cast<void **>(made), size);
-	if (result == CUDA_SUCCESS)
-		device_memory[*made] = size;
-	return result;
+	if (stub.fail_alloc == stub.allocs++ || !size || int64_t(size) > device_free())
+		return CUDA_ERROR_OUT_OF_MEMORY;
+	int file = memfd_create("device memory of the stub", 0);
+	if (ftruncate(file, size))
+		return CUDA_ERROR_OUT_OF_MEMORY;
+	void *here = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+	void *there = mmap(nullptr, size, PROT_NONE, MAP_SHARED, file, 0);
+	close(file);
+	if (size <= 1 << 20)
+		memset(here, 0xa5, size);               // of more only the first, or every test would pay for all of it
+	else
+		memset(here, 0xa5, 1 << 20);
+	*made = reinterpret_cast<CUdeviceptr>(there);
+	device_memory[*made] = piece{size, static_cast<char *>(here)};
+	return CUDA_SUCCESS;
+}
+
+EXPORT cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
+{
+	ENTER_CONTEXT;
+	*free_bytes = device_free();
+	*total = stub.device_bytes;
+	return CUDA_SUCCESS;
 }
 
 EXPORT cuMemFree_v2(CUdeviceptr memory)
 {
 	std::lock_guard<std::recursive_mutex> guard(lock);
-	device_memory.erase(memory);
-	return release(reinterpret_cast<void *>(memory));
+	auto found = device_memory.find(memory);
+
+	if (found == device_memory.end())
+		return CUDA_ERROR_INVALID_VALUE;
+	munmap(found->second.here, found->second.size);
+	munmap(reinterpret_cast<void *>(memory), found->second.size);
+	device_memory.erase(found);
+	stub.frees++;
+	return CUDA_SUCCESS;
 }
 
 EXPORT cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address)
@@ -156,9 +246,7 @@ EXPORT cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdevic
 	ENTER_CONTEXT;
 	if (attribute != 2)
 		return CUDA_ERROR_INVALID_VALUE;
-	auto next = device_memory.upper_bound(address);
-	bool found = next != device_memory.begin() && address < std::prev(next)->first + std::prev(next)->second;
-	*static_cast<unsigned int *>(value) = found ? 2 : 1;
+	*static_cast<unsigned int *>(value) = find_piece(address) ? 2 : 1;
 	// Host memory that no call has pinned is not known to it; here nobody keeps account of that.
 	return CUDA_SUCCESS;
 }
@@ -252,9 +340,18 @@ EXPORT cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t size, CUstream str
 {
 	ENTER_CONTEXT;
 	stub.async_calls++;
-	if (!stream || !dst || !src || !size || stub.fail_copy == stub.copies++)
+	if (!stream || !dst || !src || !size || !is_whole(dst, size) || !is_whole(src, size) || stub.fail_copy == stub.copies++)
 		return CUDA_ERROR_INVALID_VALUE;
 	stream->queue.push_back([=] { copy(dst, src, size); });
+	return CUDA_SUCCESS;
+}
+
+EXPORT cuMemsetD8Async(CUdeviceptr dst, unsigned char value, size_t size, CUstream stream)
+{
+	ENTER_CONTEXT;
+	if (!stream || !size || !find_piece(dst) || !is_whole(dst, size))
+		return CUDA_ERROR_INVALID_VALUE;
+	stream->queue.push_back([=] { fill(dst, value, size); });
 	return CUDA_SUCCESS;
 }
 
@@ -273,7 +370,7 @@ static CUresult memcpy_batch(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes
 	if (int64_t(count) > stub.most_descriptors)
 		stub.most_descriptors = count;
 	for (size_t i = 0; i < count; i++) {
-		if (!dsts[i] || !srcs[i] || !sizes[i] || stub.fail_copy == stub.copies++) {
+		if (!dsts[i] || !srcs[i] || !sizes[i] || !is_whole(dsts[i], sizes[i]) || !is_whole(srcs[i], sizes[i]) || stub.fail_copy == stub.copies++) {
 			*fail_idx = i;
 			result = CUDA_ERROR_INVALID_VALUE;
 			break;
@@ -299,11 +396,13 @@ EXPORT cuModuleLoadData(CUmodule *module, const void *image)
 
 EXPORT cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 
+static CUfunction const the_copy = reinterpret_cast<CUfunction>(0xf0), the_checksum = reinterpret_cast<CUfunction>(0xf1);
+
 EXPORT cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name)
 {
 	ENTER_CONTEXT;
-	*function = reinterpret_cast<CUfunction>(0xf0);
-	return module != reinterpret_cast<CUmodule>(0xd0) || strcmp(name, "copy_folios") ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
+	*function = !strcmp(name, "copy_folios") ? the_copy : !strcmp(name, "checksum_pages") ? the_checksum : nullptr;
+	return module != reinterpret_cast<CUmodule>(0xd0) || !*function ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
 
 EXPORT cuLaunchKernel(CUfunction function, unsigned int blocks, unsigned int blocks_y, unsigned int blocks_z,
@@ -311,23 +410,36 @@ EXPORT cuLaunchKernel(CUfunction function, unsigned int blocks, unsigned int blo
 		      CUstream stream, void **arguments, void **extra)
 {
 	ENTER_CONTEXT;
-	if (function != reinterpret_cast<CUfunction>(0xf0) || !stream || !blocks || !threads || threads % 32 || threads > 256 ||
+	if ((function != the_copy && function != the_checksum) || !stream || !blocks || !threads || threads % 32 || threads > 256 ||
 	    blocks_y * blocks_z * threads_y * threads_z != 1 || shared || extra)
 		return CUDA_ERROR_INVALID_VALUE;
 	if (stub.fail_launch == stub.launches++)
 		return CUDA_ERROR_LAUNCH_FAILED;
 	stub.blocks = blocks;
 	stub.threads = threads;
+	auto for_each_thread = [=](auto kernel) {
+		kernel_runs now;
+
+		gridDim.x = blocks;
+		blockDim.x = threads;
+		for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+			for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
+				kernel();
+	};
+	if (function == the_checksum) {
+		u64 base = *static_cast<u64 *>(arguments[0]), nr_pages = *static_cast<u64 *>(arguments[2]);
+		u32 *pages = *static_cast<u32 **>(arguments[1]);
+		u64 *sums = *static_cast<u64 **>(arguments[3]);
+
+		stream->queue.push_back([=] { for_each_thread([=] { checksum::checksum_pages(base, pages, nr_pages, sums); }); });
+		return CUDA_SUCCESS;
+	}
 	u64 dst_base = *static_cast<u64 *>(arguments[0]), src_base = *static_cast<u64 *>(arguments[1]);
 	folio_pair *pairs = *static_cast<folio_pair **>(arguments[2]);
 	folio_batch batch = *static_cast<folio_batch *>(arguments[3]);
 	stream->queue.push_back([=] {
 		spend(stub.ns_launch, size_t(batch.first_item[MAX_ORDER + 1]) << PAGE_SHIFT);
-		gridDim.x = blocks;
-		blockDim.x = threads;
-		for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
-			for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-				copy_folios(dst_base, src_base, pairs, batch);
+		for_each_thread([=] { copy_folios(dst_base, src_base, pairs, batch); });
 	});
 	return CUDA_SUCCESS;
 }
