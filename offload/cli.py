@@ -57,7 +57,8 @@ def bench(
         mode: Annotated[str, typer.Option(help="MIGRATE_ASYNC, MIGRATE_SYNC_LIGHT or MIGRATE_SYNC.")] = DEFAULTS["mode"],
         protocol: Annotated[str, typer.Option(help="Round of the series whose rules the batch copy follows: v6, v5, flags or "
                                                    "v4.")] = DEFAULTS["protocol"],
-        nodes: Annotated[str, typer.Option(help="host,host, pinned,pinned (a GPU reaches it), or nowhere,nowhere for metadata alone.")] = DEFAULTS["nodes"],
+        nodes: Annotated[str, typer.Option(help="Where each node's frames lie: host, pinned (a GPU reaches it) "
+                                                "or device (its own memory), such as pinned,device; nowhere,nowhere for metadata alone.")] = DEFAULTS["nodes"],
         seed: Annotated[int, typer.Option(help="Of the random bytes and the order of the folios.")] = DEFAULTS["seed"],
         json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the result; - is standard output, then "
                                                                         "without the tables.")] = None):

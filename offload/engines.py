@@ -47,11 +47,17 @@ class Engine:
         """With what the migration path copies what the migrator left: the CPU kernel of that name."""
         return "plain" if self.on_gpu else self.copy_kernel
 
-    def check_placement(self, placement):
-        """InvalidInput unless it can copy between frames of this placement."""
-        if self.on_gpu and placement not in ("pinned", "nowhere"):
-            raise InvalidInput(f"engine {self.name!r} does not reach frames of placement {placement!r}; use offload bench "
-                               f"--nodes pinned,pinned, or a CPU engine such as batch+stream")
+    def check_nodes(self, nodes):
+        """InvalidInput unless it can copy between frames of these placements."""
+        nodes = tuple(nodes)
+        if self.on_gpu:
+            # A copy call stages host memory that is not pinned; the others would have to reach it.
+            if "host" in nodes and not (self.copy_kernel == "cuda-loop" and "device" in nodes):
+                raise InvalidInput(f"engine {self.name!r} does not copy with nodes {','.join(nodes)}: host memory that is not pinned is out "
+                                   f"of its reach; use --nodes pinned,pinned (or device), or a CPU engine such as batch+stream")
+        elif "device" in nodes and not (self.copy_kernel == "plain" and self.migrator in (None, "mc_copy")):
+            raise InvalidInput(f"engine {self.name!r} does not copy with nodes {','.join(nodes)}: the CPU does not reach device memory; use "
+                               f"cuda-loop:N, cuda-batch, cuda-kernel, or vanilla and batch, which copy there folio by folio")
 
     def make_backend(self):
         """The copy alone, without migration: a CopyBackend to close. EngineUnavailable if the GPU is no longer there."""

@@ -294,7 +294,7 @@ class StaleTlbWrite(Action):
         if not serves:
             return "faults"
         start = self.address % PAGE_SIZE
-        self.machine.frames.view(self.page, 1)[0, start:start + len(self.data)] = np.frombuffer(self.data, np.uint8)
+        self.machine.frames.write(self.page, self.data, start)
         return "written"
 
 

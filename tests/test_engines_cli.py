@@ -63,7 +63,7 @@ class TestParseEngine:
     def test_placements(self):
         for name in ("vanilla", "batch+stream", "mt:2", "dma:2"):
             for placement in ("host", "pinned", "nowhere"):
-                parse_engine(name).check_placement(placement)
+                parse_engine(name).check_nodes((placement, placement))
 
 
 class TestMakeMigrator:

@@ -9,7 +9,8 @@ What one run of a cell (engine, order) does:
 1. fault in ``size`` bytes of fresh folios on node 0 and write random bytes, other ones each time;
 2. put the folios in random order and poison every frame of node 1;
 3. **timed:** ``Machine.migrate_pages()`` as Python calls it: isolation, all batches, putback;
-4. compare every byte through the page table, and check that each folio lies on node 1;
+4. compare every byte through the page table (with a node in device memory: a checksum of every page, made where it lies), and
+   check that each folio lies on node 1;
 5. poison node 1 again and copy the same frames to the same frames without migration: the limit;
 6. unmap.
 
@@ -30,6 +31,7 @@ from offload.errors import BrokenInvariant
 from offload.experiment.limits import Limits
 from offload.experiment.manifest import host_manifest
 from offload.jit import COMPILE_S, cache_is_warm, exit_on_interrupt, mark_cache_warm
+from offload.kernels.checksum import checksum_pages
 from offload.kernels.cpu import KERNELS
 from offload.machine import Machine, NodeConfig
 from offload.mm.frames import POISON
@@ -62,13 +64,14 @@ class Bench:
 
     def __init__(self, config):
         self.config = config
-        node = NodeConfig(config.node_pages, placement=config.placement)
-        self.machine = Machine(nodes=[node, node], batch_pages=config.batch_pages, protocol=config.protocol)
-        self.has_bytes = config.placement != "nowhere"
+        nodes = [NodeConfig(config.node_pages, placement=placement) for placement in config.nodes]
+        self.machine = Machine(nodes=nodes, batch_pages=config.batch_pages, protocol=config.protocol)
+        self.has_bytes = "nowhere" not in config.nodes
         self.nr_pages = config.size // PAGE_SIZE
         if self.has_bytes:
             words = np.random.default_rng(config.seed).integers(0, 1 << 64, config.size // 8, np.uint64)
             self.random_bytes = words.view(np.uint8)
+            self.page_sums = checksum_pages(self.random_bytes.reshape(-1, PAGE_SIZE)) if "device" in config.nodes else None
 
     def run(self, engine, migrator, order, round_nr, *, time_copies=False, limits=None):
         """Migrate all of ``config.size`` in folios of ``order`` once; the Run. Takes the limit too if ``limits`` is given.
@@ -114,11 +117,8 @@ class Bench:
     def poison_node(self, nid):
         """Fill the frames of a node on which nothing is, so that a copy that is left out shows."""
         if self.has_bytes:
-            self.frames_of(nid)[:] = POISON
-
-    def frames_of(self, nid):
-        node = self.machine.mem.nodes[nid]
-        return self.machine.frames.view(int(node.start_pfn), int(node.nr_pages))
+            node = self.machine.mem.nodes[nid]
+            self.machine.frames.fill(int(node.start_pfn), int(node.nr_pages), POISON)
 
     # The page at address + 4096 * i holds page (first_page + i) mod nr_pages of the random bytes.
 
@@ -140,7 +140,13 @@ class Bench:
         records = self.machine.mem.folios
         return (result.rc == 0 and result.moved_bytes == self.config.size and len(folios) == self.nr_pages >> order
                 and bool((records.nid[folios] == 1).all()) and bool((records.order[folios] == order).all())
-                and (not self.has_bytes or self.bytes_are_right(process, address, first_page)))
+                and (not self.has_bytes or (self.bytes_are_right(process, address, first_page) if self.page_sums is None else
+                                            self.checksums_are_right(folios, order, first_page))))
+
+    def checksums_are_right(self, folios, order, first_page):
+        """Whether the frames of ``folios``, which the process maps from ``address`` on, have the checksums of what belongs there."""
+        pages = (folios[:, None] + np.arange(1 << order)).reshape(-1)
+        return np.array_equal(self.machine.frames.checksums(pages), np.roll(self.page_sums, -first_page))
 
     def bytes_are_right(self, process, address, first_page):
         for offset, piece in self.pieces(first_page):
@@ -227,7 +233,8 @@ class Session:
                     self.step(f"{engines[which].name} {format_size(PAGE_SIZE << order)}")
             if limits:
                 self.bench.poison_node(1)
-                limits.measure_contiguous(*(self.bench.frames_of(nid).reshape(-1)[:config.size] for nid in (1, 0)))
+                first = self.bench.machine.mem.nodes.start_pfn.tolist()
+                limits.measure_contiguous(self.bench.machine.frames, first[1], first[0], config.size // PAGE_SIZE)
         return cells
 
 
@@ -244,7 +251,7 @@ def make_row(config, engine, order, timed, others):
            "cpu_s": float(np.mean([run.cpu_ns for run in timed])) / 1e9,
            "moved_bytes": min(run.result.moved_bytes for run in timed),
            "verified": all(run.verified for run in timed + others)}
-    if config.placement != "nowhere":
+    if "nowhere" not in config.nodes:
         row["gbps"] = spread([run.result.moved_bytes / run.wall_ns for run in timed])
     else:
         row["ns_per_folio"] = spread([run.wall_ns / row["folios"] for run in timed])
@@ -263,15 +270,16 @@ def make_manifest(config, date):
         "date": date, "command": config.command_line(), "seed": config.seed, "size": config.size,
         "orders": list(config.orders), "engines": [engine.name for engine in config.engines], "repeat": config.repeat,
         "warmup": config.warmup, "batch_pages": config.batch_pages, "mode": config.mode.name, "protocol": config.protocol, "reason": REASON,
-        "nodes": [config.placement] * 2, "notes": [engine.note for engine in config.engines if engine.note],
+        "nodes": list(config.nodes), "notes": [engine.note for engine in config.engines if engine.note],
         "units": {"gbps": "10^9 bytes that arrived per second", "cpu_s": "seconds of all threads, mean of the timed runs",
                   "phases_ns": "ns per run", "blocked_ns": "ns per folio", "ns_per_folio": "ns of wall clock",
                   "moved_bytes": "bytes per run, the least of the timed runs"},
         "timed": "one migrate_pages() call from Python: isolation, all batches, putback; not faulting in, filling, "
                  "poisoning, verifying",
         "phases": "one extra run of each cell that is not timed, with two more clock readings a copy in the move phase",
-        "verified": "every byte through the page table, and each folio whole on node 1, in every run"
-                    if config.placement != "nowhere" else "each folio whole on node 1, in every run; there are no bytes",
+        "verified": "each folio whole on node 1, in every run; there are no bytes" if "nowhere" in config.nodes else
+                    "a checksum of 64 bits of every page, made where it lies, and each folio whole on node 1, in every run"
+                    if "device" in config.nodes else "every byte through the page table, and each folio whole on node 1, in every run",
     }
 
 
@@ -281,9 +289,11 @@ def compile_once(config):
     """Compile, or load from the cache, all that the benchmark runs, by tiny migrations; announced if it takes long."""
     if not cache_is_warm():
         print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
-    engines = tuple(dict.fromkeys((*map(parse_engine, ("vanilla", "batch", "mt:2")), *config.engines)))
+    nodes = config.nodes if any(engine.on_gpu for engine in config.engines) else ("host", "host")
+    always = ("vanilla", "batch") if "device" in nodes else ("vanilla", "batch", "mt:2")
+    engines = tuple(dict.fromkeys((*map(parse_engine, always), *config.engines)))
     tiny = dataclasses.replace(config, size=PAGE_SIZE << HPAGE_PMD_ORDER, orders=(0, HPAGE_PMD_ORDER), engines=engines,
-                               repeat=1, warmup=0, placement=config.placement if any(engine.on_gpu for engine in engines) else "host")
+                               repeat=1, warmup=0, nodes=nodes)
     with exit_on_interrupt(), Session(tiny) as session:
         for order in tiny.orders:
             session.run_order(order)

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 
 from offload.engines import Engine, parse_engine
-from offload.errors import InvalidInput, NotSupported
+from offload.errors import InvalidInput
 from offload.units import (
     HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode, parse_placement,
     parse_protocol, parse_size,
@@ -32,7 +32,8 @@ class BenchConfig:
     """A benchmark to run, checked when made: InvalidInput or EngineUnavailable says what cannot be.
 
     ``size``: bytes migrated in each run, a multiple of the largest folio. ``orders``: folio orders 0 to 9. ``repeat`` timed
-    runs of each cell follow ``warmup`` untimed ones. ``placement``: "host", "pinned", or "nowhere" for metadata alone.
+    runs of each cell follow ``warmup`` untimed ones. ``nodes``: where the frames of each node lie, "host", "pinned" or "device";
+    or both "nowhere" for metadata alone.
     """
 
     size: int
@@ -43,7 +44,7 @@ class BenchConfig:
     batch_pages: int = DEFAULTS["batch_pages"]
     mode: MigrateMode = MigrateMode.MIGRATE_SYNC
     protocol: str = DEFAULTS["protocol"]
-    placement: str = "host"
+    nodes: tuple[str, str] = ("host", "host")
     seed: int = DEFAULTS["seed"]
 
     @classmethod
@@ -51,11 +52,11 @@ class BenchConfig:
         """From the texts of the command line, by the names of DEFAULTS; what is not given is the default."""
         given = DEFAULTS | texts
         orders = tuple(parse_order(word) for word in split_list("orders", given["orders"]))
-        placement = parse_nodes(given["nodes"])
+        nodes = parse_nodes(given["nodes"])
         return cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
-                   engines=tuple(parse_engine(word, (placement, placement)) for word in split_list("engines", given["engines"])),
+                   engines=tuple(parse_engine(word, nodes) for word in split_list("engines", given["engines"])),
                    repeat=given["repeat"], warmup=given["warmup"], batch_pages=given["batch_pages"],
-                   mode=parse_mode(given["mode"]), protocol=given["protocol"], placement=placement, seed=given["seed"])
+                   mode=parse_mode(given["mode"]), protocol=given["protocol"], nodes=nodes, seed=given["seed"])
 
     def __post_init__(self):
         parse_protocol(self.protocol)
@@ -75,12 +76,11 @@ class BenchConfig:
         if self.size % (PAGE_SIZE << max(self.orders)) or self.size <= 0:
             raise InvalidInput(f"size {self.size} is not a positive multiple of the largest folio, "
                                f"{format_size(PAGE_SIZE << max(self.orders))}; round it to one")
-        parse_placement(self.placement)
+        check_nodes(self.nodes)
         for engine in self.engines:
-            engine.check_placement(self.placement)
-        if self.placement == "pinned":
-            from offload.kernels.cuda import open_device
-            open_device()                           # the reason first, not after compiling
+            engine.check_nodes(self.nodes)
+        if set(self.nodes) & {"pinned", "device"}:
+            check_device(self)                      # the reason first, not after compiling
         need, available = needed_bytes(self), available_bytes()
         if need > available:
             raise InvalidInput(f"size {format_size(self.size)} needs about {need / 1e9:.1f} GB of memory and "
@@ -101,7 +101,7 @@ class BenchConfig:
         return (f"offload bench --size {format_exact(self.size)} --orders {','.join(map(str, self.orders))} "
                 f"--engines {','.join(engine.name for engine in self.engines)} --repeat {self.repeat} "
                 f"--warmup {self.warmup} --batch-pages {self.batch_pages} --mode {self.mode.name} --protocol {self.protocol} "
-                f"--nodes {self.placement},{self.placement} --seed {self.seed}")
+                f"--nodes {','.join(self.nodes)} --seed {self.seed}")
 
 
 def split_list(name, text):
@@ -120,17 +120,32 @@ def parse_order(text):
 
 
 def parse_nodes(text):
-    """The placement of both nodes, from ``"host,host"``, ``"pinned,pinned"`` or ``"nowhere,nowhere"``."""
-    placements = [word.strip() for word in str(text).split(",")]
-    if len(placements) != 2:
-        raise InvalidInput(f"nodes {text!r} are not two placements; use host,host, pinned,pinned (memory that a GPU reaches), "
-                           f"or nowhere,nowhere for metadata alone")
-    for placement in placements:
+    """The placements of both nodes, from a text such as ``"pinned,device"``."""
+    nodes = tuple(word.strip() for word in str(text).split(","))
+    if len(nodes) != 2:
+        raise InvalidInput(f"nodes {text!r} are not two placements; write two of host, pinned (memory that a GPU reaches) and device (its "
+                           f"own) with a comma between, or nowhere,nowhere for metadata alone")
+    check_nodes(nodes)
+    return nodes
+
+
+def check_nodes(nodes):
+    """InvalidInput unless ``nodes`` are placements that one machine can have."""
+    for placement in nodes:
         parse_placement(placement)
-    if placements[0] != placements[1]:
-        raise NotSupported(f"nodes {text!r} lie in different kinds of memory, which this version cannot mix; use "
-                           f"{placements[0]},{placements[0]} or {placements[1]},{placements[1]}")
-    return placements[0]
+    if "nowhere" in nodes and len(set(nodes)) > 1:
+        raise InvalidInput(f"nodes {','.join(nodes)} cannot be mixed: one has bytes and the other none; use nowhere,nowhere, or host,host")
+
+
+def check_device(config):
+    """EngineUnavailable without a GPU, InvalidInput if it has not so much memory."""
+    from offload.kernels.cuda import open_device
+    device = open_device()
+    device.enter()
+    need, free = config.nodes.count("device") * (config.node_pages * PAGE_SIZE + BLOCK), device.driver.free_bytes()
+    if need > free:
+        raise InvalidInput(f"size {format_size(config.size)} needs {need / 1e9:.1f} GB in the memory of {device.name} and {free / 1e9:.1f} GB "
+                           f"is free; use a smaller --size, or --nodes pinned,pinned")
 
 
 def format_exact(nbytes):
@@ -143,7 +158,8 @@ def needed_bytes(config):
     nr_folios = config.size // (PAGE_SIZE << min(config.orders))
     metadata = 2 * config.node_pages * (RECORD_BYTES + 16)
     lists = nr_folios * (200 + 8 * config.repeat * len(config.engines))
-    frames = 2 * config.node_pages * PAGE_SIZE + config.size if config.placement != "nowhere" else 0
+    here = sum(placement in ("host", "pinned") for placement in config.nodes)
+    frames = here * config.node_pages * PAGE_SIZE + config.size if "nowhere" not in config.nodes else 0
     return metadata + lists + frames + (128 << 20)
 
 

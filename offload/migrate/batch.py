@@ -26,7 +26,7 @@ from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.batch_copy import batch_copy_needs_migrator, mark_copied_folios
 from offload.migrate.call import (
     DONE, L_BACK, L_BATCH, L_FROM, L_ONE, L_RET, L_SPLIT, STEP_BATCH_COPIED, STEP_FLUSH, STEP_FLUSHED, STEP_MOVE,
-    STEP_MOVE_FAILED, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
+    STEP_MOVE_FAILED, STEP_MOVED, STEP_UNDO, STEP_UNMAP, STEP_UNMAPPED, STOP_FRAME_LOG, STOP_OFFLOAD_COPY, STOP_STEP, list_add_tail,
     move_list, step_after, step_before,
 )
 from offload.migrate.move import migrate_folio_move

@@ -373,13 +373,17 @@ def offload_copy(machine, call, nr_batch):
         rc = offload.offload_copy(FolioBatch(dst, src, order, frames.address), done)
     else:
         frames.drain()
-        if offload.migrator is None:                # it has left since the batch was chosen: the CPU routine's turn
-            plain(call.state)["cpu_batches"] += 1
-            rc = frames.mc_copy(int(mem.sys.copy_kernel[0]), dst, src, order, done)
-        else:
-            rc = offload.offload_copy(FolioBatch(dst, src, order, frames), done)
-        if rc:
-            frames.settle_batch(dst, done)
+        try:
+            if offload.migrator is None:            # it has left since the batch was chosen: the CPU routine's turn
+                plain(call.state)["cpu_batches"] += 1
+                rc = frames.mc_copy(int(mem.sys.copy_kernel[0]), dst, src, order, done)
+            else:
+                rc = offload.offload_copy(FolioBatch(dst, src, order, frames), done)
+            if rc:
+                frames.check_device()
+        finally:
+            if frames.lost:                         # what arrived there is lost; its sources stay where they are
+                done[np.isin(frames.nids(dst), frames.lost)] = 0
     plain(call.state)["batch_copy_failed"] = rc != 0 or nr < nr_batch
 
 

@@ -168,6 +168,11 @@ class NodeFrames:
             done[i] = 1
         return 0
 
+    def copy_block(self, dst, src, nr_pages):
+        """As Frames.copy_block(); DeviceLost where one end is lost."""
+        ends = [self._part(pfn, nr_pages)[0].address + (pfn << PAGE_SHIFT) for pfn in (dst, src)]
+        self._now(*ends, nr_pages * PAGE_SIZE)
+
     def copy_folio(self, dst, src, order):
         """folio_mc_copy(), waited for: 0, or -EIO if one of the two nodes was lost before. DeviceLost if it is lost now."""
         ends = [self.addresses[nid] + (pfn << PAGE_SHIFT) for pfn, nid in ((dst, self._nid(dst)), (src, self._nid(src)))]
@@ -177,18 +182,13 @@ class NodeFrames:
             raise self.loss()
         return 0
 
-    def settle_batch(self, dst, done):
-        """After a batch copy that failed: what it wrote to a device that is lost does not count, so that its sources stay.
-
-        DeviceLost if the device is found lost here.
-        """
-        if self.kind != FRAMES_FAR or self.lost:
-            return
-        says = self.mover.answers()
-        if says is not None:
-            self._lose(says)
-            done[np.isin(self.nids(dst), self.lost)] = 0
-            raise self.loss()
+    def check_device(self):
+        """After something failed: DeviceLost if the device does not answer any more, for the first time."""
+        if self.kind == FRAMES_FAR and not self.lost:
+            says = self.mover.answers()
+            if says is not None:
+                self._lose(says)
+                raise self.loss()
 
     # --- what compiled code has written down ------------------------------------------------------------------
 

@@ -90,6 +90,10 @@ class Frames:
         with CpuBackend(KERNELS[kernel]) as backend:
             return backend.copy(self.plan(dst, src, order), done)
 
+    def copy_block(self, dst, src, nr_pages):
+        """Copy pages from pfn ``src`` on to ``dst`` .., as one piece."""
+        np.copyto(self.view(dst, nr_pages), self.view(src, nr_pages))
+
     def drain(self):
         """Carry out what compiled code has left to Python: nothing here, it can touch these bytes."""
 

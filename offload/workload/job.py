@@ -21,7 +21,7 @@ def migrate_job(*, file, pid, engine, move_all, batch_pages, protocol, layout_on
         raise InvalidInput("give either --pid PID or a FILE that offload snapshot wrote, and not both")
     pid = parse_pid(pid) if pid is not None else None
     engine = parse_engine(engine)
-    engine.check_placement("host")
+    engine.check_nodes(("host", "host"))
     if batch_pages < 1:
         raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
     parse_protocol(protocol)

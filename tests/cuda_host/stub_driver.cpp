@@ -196,7 +196,7 @@ static int64_t device_free()
 
 	for (auto &one : device_memory)
 		free_bytes -= one.second.size;
-	return free_bytes;
+	return free_bytes < 0 ? 0 : free_bytes;
 }
 
 EXPORT cuMemAlloc_v2(CUdeviceptr *made, size_t size)
