@@ -270,7 +270,7 @@ class TestOperations:
         monkeypatch.setattr(offload.machine, "LOG_ROWS", 4096)
         world = world_of("device,device", batch_pages=1024)
         assert len(world.machine.mem.frame_log) == 4096
-        pfns = world.pfns(600)
+        pfns = world.pfns(700)
         frames, rows = world.machine.frames, []
         drain = frames.drain
 
@@ -282,7 +282,7 @@ class TestOperations:
         for pfn in pfns[::2]:
             world.surround(pfn, lock=2)             # OTHERS_FOREVER: each attempt poisons another destination
         result = world.migrate(pfns)
-        assert result.rc == 300 and max(rows) == 4096 - 1024 + 1
+        assert result.rc == 350 and max(rows) == 4096 - 1024 + 1
         monkeypatch.undo()
         world.folios.page_flags[pfns[::2]] &= ~1
         world.check()

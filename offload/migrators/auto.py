@@ -7,7 +7,6 @@ batch among several.
 
 import collections
 
-from offload.kernels.base import CopyPlan
 
 __all__ = ("Auto",)
 
@@ -19,12 +18,17 @@ class Auto:
     owner = "auto"
     meets_poison = False
 
+    @property
+    def reaches_devices(self):
+        """Whether all of them do."""
+        return all(getattr(migrator, "reaches_devices", True) for migrator in self.migrators.values())
+
     def __init__(self, choose, migrators):
         self.choose, self.migrators = choose, migrators
         self.handed = collections.Counter()
 
     def offload_copy(self, batch, done):
-        name = self.choose(CopyPlan(batch.frames, batch.frames, batch.dst, batch.src, batch.order))
+        name = self.choose(batch.plan())
         self.handed[name] += 1
         return self.migrators[name].offload_copy(batch, done)
 
