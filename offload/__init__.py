@@ -22,7 +22,7 @@ _HOMES = {
     "offload.engines": ("Engine", "parse_engine"),
     "offload.units": ("MigrateMode", "MigrateReason"),
     "offload.errors": ("OffloadError", "InvalidInput", "BadAddress", "NotSupported", "Busy", "OutOfMemory",
-                       "NoSuchProcess", "NotPermitted", "ForeignFile", "EngineUnavailable", "WouldHang",
+                       "NoSuchProcess", "NotPermitted", "ForeignFile", "EngineUnavailable", "DeviceLost", "WouldHang",
                        "BrokenInvariant"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

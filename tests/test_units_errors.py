@@ -99,7 +99,7 @@ class TestExceptions:
         "InvalidInput": (ValueError, 22), "BadAddress": (ValueError, 14), "NotSupported": (NotImplementedError, 95),
         "Busy": (RuntimeError, 16), "OutOfMemory": (MemoryError, 12), "NoSuchProcess": (ProcessLookupError, 3),
         "NotPermitted": (PermissionError, 1), "ForeignFile": (ValueError, 22), "EngineUnavailable": (RuntimeError, 19),
-        "WouldHang": (TimeoutError, 110), "BrokenInvariant": (AssertionError, 5),
+        "DeviceLost": (RuntimeError, 5), "WouldHang": (TimeoutError, 110), "BrokenInvariant": (AssertionError, 5),
     }
 
     def test_complete(self):

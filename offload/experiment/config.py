@@ -77,10 +77,10 @@ class BenchConfig:
             raise InvalidInput(f"size {self.size} is not a positive multiple of the largest folio, "
                                f"{format_size(PAGE_SIZE << max(self.orders))}; round it to one")
         check_nodes(self.nodes)
-        for engine in self.engines:
-            engine.check_nodes(self.nodes)
         if set(self.nodes) & {"pinned", "device"}:
             check_device(self)                      # the reason first, not after compiling
+        for engine in self.engines:
+            engine.check_nodes(self.nodes)
         need, available = needed_bytes(self), available_bytes()
         if need > available:
             raise InvalidInput(f"size {format_size(self.size)} needs about {need / 1e9:.1f} GB of memory and "
