@@ -18,7 +18,7 @@ from offload.mm.memmap import (
 )
 from offload.scenario_folios import FolioLevel, check_folio_level
 from offload.scenario_format import KINDS_WITH, Fault, check
-from offload.units import EBUSY, PAGE_SIZE, RULE_SETS
+from offload.units import EBUSY, ENOMEM, PAGE_SIZE, RULE_SETS
 
 MODES = ("MIGRATE_ASYNC", "MIGRATE_SYNC_LIGHT", "MIGRATE_SYNC")
 KERNELS = tuple(RULE_SETS)
@@ -153,6 +153,15 @@ class TestMatrix:
     @pytest.mark.parametrize("mode", MODES)
     def test_locked_and_pf_memalloc(self, mode):
         assert outcome(run({"locked": "until_wait"}, mode=mode, pf_memalloc=True)[1]) == (1, 10, 10)
+
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_target_without_memory(self, mode):
+        """Every allocation fails; what was there stays, a large folio in pieces."""
+        level, result = run({}, {"order": 2}, mode=mode, machine={"nodes": [{"pages": 4096}, {"pages": 0}]})
+        assert outcome(result) == (-ENOMEM, 1, 0) and result["left"] == ["f0", "f1"]
+        level, result = run({"order": 2}, {}, mode=mode, machine={"nodes": [{"pages": 4096}, {"pages": 0}]})
+        assert outcome(result) == (-ENOMEM, 2, 0) and result["left"] == ["f1", "f0/1", "f0/2", "f0/3", "f0/0"]
 
 
 class TestAfterwards:
