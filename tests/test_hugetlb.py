@@ -215,6 +215,20 @@ class TestAttempt:
         assert counts(huge.migrate(pfns, mode="MIGRATE_SYNC")) == (1, 0, 512, 10, 10)
         huge.check()
 
+    @pytest.mark.parametrize("take, give", [("pin", "unpin"), ("get", "put")])
+    def test_a_base_page_of_it_is_taken(self, huge, take, give):
+        """GUP takes base pages, whatever maps them; the huge page stays as long as somebody has one."""
+        address, (pfn,) = huge.huge()
+        before = huge.folios.refcount[pfn]
+        getattr(huge.process, take)(address + 5 * 4096, 2 * 4096)
+        assert huge.folios.refcount[pfn] == before + 2 and huge.folios.pincount[pfn] == 2 * (take == "pin")
+        assert huge.migrate([pfn]).rc == 1
+        getattr(huge.process, give)(address + 5 * 4096, 2 * 4096)
+        assert huge.migrate([pfn]).rc == 0
+        with pytest.raises(InvalidInput, match="not made of pages"):
+            getattr(huge.process, take)(address + 1, 4096)
+        huge.check()
+
     def test_unreadable(self, huge):
         _, pfns = huge.huge()
         huge.surround(pfns[0], copy_error=1)

@@ -101,6 +101,15 @@ class TestRoom:
         assert world.where(address, 4) == expected
         world.check()
 
+    @pytest.mark.parametrize("rooms, nid, expected", [
+        ((64, 64, 64, 2), 3, [3, 3, 0, 0]), ((64, 1, 1, 64), 1, [1, 2, 3, 3]), ((64, 64, 2, 1), 2, [2, 2, 3, 0])])
+    def test_order_of_a_zonelist(self, rooms, nid, expected):
+        """From the node on round, as build_zonelists() has it with all distances alike: from the last to the first."""
+        world = World(*rooms)
+        address, _ = world.map(4, nid=0)
+        assert call(world, address, 4, "preferred", [nid]).ret == 0 and world.where(address, 4) == expected
+        world.check()
+
     @pytest.mark.parametrize("mode", ["bind", "preferred"])
     def test_strict(self, mode):
         world = World(64, 2)

@@ -17,6 +17,7 @@ from offload.mm.memmap import (
 )
 from offload.mm.mempolicy import (
     ALL_NODES, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY, first_node, home_node, interleave_nid,
+    zonelist_node,
 )
 from offload.mm.node import alloc_pages_node, folio_isolate_lru, folio_maybe_dma_pinned, folio_put, node_stat_add_isolated
 from offload.mm.pagetable import (
@@ -56,13 +57,6 @@ def alloc_hugetlb_pool(mem_table, nid, nr):
             return done
         enqueue_hugetlb_folio(mem, pfn)
     return nr
-
-
-@jit
-def zonelist_node(mem, nid, i):
-    """The i-th node of the zonelist of ``nid``: itself, those after it, those before it (as alloc_pages_nodemask())."""
-    nr_nodes = mem.sys[0].nr_nodes
-    return nid + i if nid + i < nr_nodes else nr_nodes - 1 - i
 
 
 @jit

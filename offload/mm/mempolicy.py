@@ -9,12 +9,12 @@ A policy stands on the vma: ``pol_mode`` (MPOL_*; 0 is none) and ``pol_nodes``, 
 
 import numpy as np
 
-from offload.jit import jit
+from offload.jit import jit, jit_inline
 from offload.mm.memmap import NO_PFN
 from offload.mm.node import alloc_pages_node
 
 __all__ = ("MPOL_DEFAULT", "MPOL_PREFERRED", "MPOL_BIND", "MPOL_INTERLEAVE", "MPOL_LOCAL", "MPOL_PREFERRED_MANY",
-           "MPOL_WEIGHTED_INTERLEAVE", "MPOL_MAX", "MPOL_NAMES", "ALL_NODES", "alloc_pages_nodemask", "interleave_nid",
+           "MPOL_WEIGHTED_INTERLEAVE", "MPOL_MAX", "MPOL_NAMES", "ALL_NODES", "zonelist_node", "alloc_pages_nodemask", "interleave_nid",
            "alloc_pages_vma")
 
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY, MPOL_WEIGHTED_INTERLEAVE = range(7)
@@ -26,15 +26,23 @@ ALL_NODES = -1
 """A node mask without a gap."""
 
 
+@jit_inline
+def zonelist_node(mem, nid, i):
+    """The i-th node of the zonelist of ``nid``: itself, the nodes after it, then from node 0 on.
+
+    Kernel: find_next_best_node(), all distances alike, and no CPU up yet, as when it is called.
+    """
+    return (nid + i) % mem.sys[0].nr_nodes
+
+
 @jit
 def alloc_pages_nodemask(mem, nid, nmask, order):
-    """A block from the first node with room: ``nid``, those after it, those before it; only nodes of ``nmask``.
+    """A block from the first node of the zonelist of ``nid`` with room; only nodes of ``nmask``. NO_PFN if none has one.
 
-    NO_PFN if none has one. Kernel: __alloc_pages() walking the zonelist of ``nid``, all distances alike.
+    Kernel: __alloc_pages().
     """
-    nr_nodes = mem.sys[0].nr_nodes
-    for i in range(nr_nodes):
-        other = nid + i if nid + i < nr_nodes else nr_nodes - 1 - i
+    for i in range(mem.sys[0].nr_nodes):
+        other = zonelist_node(mem, nid, i)
         if nmask >> other & 1:
             pfn = alloc_pages_node(mem, other, order)
             if pfn != NO_PFN:

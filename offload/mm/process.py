@@ -193,12 +193,16 @@ class Process:
 
     def _check_range(self, address, length):
         """InvalidInput for a range that is not made of pages, huge ones where it begins or ends in hugetlb memory."""
-        if address % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
-            raise InvalidInput(f"range {address:#x}, {length} bytes is not made of pages; pass multiples of {PAGE_SIZE}")
+        self._check_pages(address, length)
         for edge in (address, address + length):
             if edge % PMD_SIZE and any(start < edge < end and self._is_hugetlb(vma)
                                        for start, end, vma in zip(self._starts, self._ends, self._vmas)):
                 raise InvalidInput(f"range {address:#x}, {length} bytes ends inside a hugetlb page; pass multiples of {PMD_SIZE}")
+
+    @staticmethod
+    def _check_pages(address, length):
+        if address % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
+            raise InvalidInput(f"range {address:#x}, {length} bytes is not made of pages; pass multiples of {PAGE_SIZE}")
 
     def _is_hugetlb(self, vma):
         return self.machine.mem.vmas[vma].vm_flags & VM_HUGETLB != 0
@@ -359,7 +363,7 @@ class Process:
     def _take(self, address, length, taken, pin):
         machine = self.machine
         machine.check_idle()
-        self._check_range(address, length)
+        self._check_pages(address, length)          # also base pages of a huge one
         for at in range(address, address + length, PAGE_SIZE):
             vma = self._vma_at(at)
             machine.reserve_tables(PAGE_SIZE)
