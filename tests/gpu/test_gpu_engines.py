@@ -14,9 +14,12 @@ from kernel_conformance import GUARD_FRAMES, KernelConformance, scattered_plan, 
 
 from offload.calibration import AutoBackend, open_calibration
 from offload.engines import parse_engine
+from offload.experiment.alone import AloneConfig, run_alone
+from offload.experiment.alone_tables import unverified_cells
 from offload.kernels.base import FRAME_SIZE
 from offload.kernels.cuda import open_device, probe, self_test, why_not
 from offload.kernels.cuda_engines import CudaBackend, CudaProvider, PinnedMemory
+from offload.kernels.cuda_timing import CudaTimer
 from offload.machine import Machine, NodeConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(probe().reason is not None, reason=f"needs a GPU: {probe().reason}")]
@@ -186,6 +189,36 @@ class TestMigration:
             result = world.migrate(pfns)
         assert result.rc == 0 and result.copies["batched"] == len(pfns)
         world.check()
+
+
+class TestTimes:
+    """Events and clocks tell a time, and agree that the device is not longer at it than the caller waits."""
+
+    @pytest.mark.parametrize("way, nr_chans, resident", [("cuda-loop", 1, False), ("cuda-loop", 2, False), ("cuda-batch", 1, False),
+                                                        ("cuda-kernel", 1, False), ("cuda-kernel", 1, True)])
+    def test_a_batch(self, need, way, nr_chans, resident):
+        need(way)
+        nr, rng = 2000, np.random.default_rng(3)
+        dst, src = DeviceArena(nr), DeviceArena(nr)
+        for arena in (dst, src):
+            arena.write(rng.integers(0, 256, (nr + 2 * GUARD_FRAMES, FRAME_SIZE), np.uint8))
+        plan = scattered_plan(rng, nr, np.zeros(nr, np.int64), dst.base, src.base)
+        before, done = (dst.read(), src.read()), np.zeros(nr, np.uint8)
+        provider = CudaProvider(open_device(), way, nr_chans)
+        timer = CudaTimer(provider)
+        times = timer.run(plan, done, resident=resident)
+        timer.close()
+        provider.close()
+        assert done.all() and verdicts(plan, before, (dst.read(), src.read())) == []
+        assert 0 < times.device_ns < times.whole_ns and 0 < times.submit_ns < times.whole_ns
+        assert (times.plan_ns is None) == resident
+
+    @pytest.mark.parametrize("nodes", ["device,device", "pinned,device", "device,pinned", "pinned,pinned"])
+    def test_engines_alone(self, nodes):
+        result = run_alone(AloneConfig.parse(folios=300, size="16M", orders="0,4,9", nodes=(nodes,), repeat=1, migration=False))
+        assert unverified_cells(result) == [] and all(row["gbps"] > 0 for row in result["rows"])
+        assert (result["ceilings"] is None) == (len(set(nodes.split(","))) == 1)
+        assert all(ceiling["gbps"] > 0 for ceiling in (result["ceilings"] or {}).values())
 
 
 class TestAuto:
