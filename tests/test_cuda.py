@@ -290,5 +290,7 @@ class TestMigration:
         result = run_bench(config)
         assert unverified(result) == [] and result["manifest"]["nodes"] == ["pinned", "pinned"]
         rows = {(row["engine"], row["order"]): row for row in result["rows"]}
+        assert {(row["hardware"], row["device"], row["cuda"]) for row in result["rows"] if row["engine"].startswith("cuda")} == {
+            ("not verified", "stub, not a GPU", "13.0")} and rows["cuda-batch", 0]["flags"] == "SRC_ACCESS_ORDER_STREAM"
         assert rows["cuda-loop:2", 0]["copy_kernel"] == "cuda-loop" and rows["cuda-kernel", 9]["limit_gbps"] > 0
         assert set(result["limits"]["scattered_copy_gbps"]) == {"plain:1", "cuda-loop:2", "cuda-batch:1", "cuda-kernel:1"}

@@ -15,8 +15,9 @@ from offload.calibration import Calibration
 from offload.cli import main
 from offload.errors import EngineUnavailable, InvalidInput, OutOfMemory
 from offload.experiment import alone
-from offload.experiment.alone import NOT_VERIFIED, AloneConfig, run_alone
+from offload.experiment.alone import AloneConfig, run_alone
 from offload.experiment.alone_tables import alone_tables, unverified_cells
+from offload.experiment.manifest import NOT_VERIFIED
 from offload.jit import COMPILE_S
 from offload.kernels import cuda
 from offload.kernels.cuda import Probe
@@ -24,7 +25,7 @@ from offload.kernels.cuda_engines import CudaBackend
 from offload.report import console
 
 HERE = Probe(None, "14.2.0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.5")
-KEYS = ["engine", "from", "to", "order", "folios", "bytes", "call", "flags", "picked", "hardware", "device", "cuda", "driver", "plan_ns",
+KEYS = ["engine", "from", "to", "order", "folios", "bytes", "picked", "call", "flags", "hardware", "device", "cuda", "driver", "plan_ns",
         "submit_ns", "device_ns", "end_to_end_ns", "gbps", "device_gbps", "resident", "verified", "share_of_ceiling",
         "device_share_of_ceiling"]
 

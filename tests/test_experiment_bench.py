@@ -22,7 +22,7 @@ from offload.units import PAGE_SIZE
 SIZE = 4 << 20
 ENGINES = ("vanilla", "vanilla+stream", "batch", "batch+stream", "mt:2", "mt:2+stream")
 ROW_KEYS = ["engine", "copy_kernel", "threads", "batch_pages", "order", "folios", "limit_gbps", "gbps", "phases_ns",
-            "blocked_ns", "cpu_s", "moved_bytes", "verified"]
+            "blocked_ns", "cpu_s", "moved_bytes", "verified", "call", "flags", "hardware", "device", "cuda", "driver"]
 
 
 def run_main(*args):
@@ -82,6 +82,8 @@ class TestTheJsonIsTheDocumentedOne:
             assert list(row["phases_ns"]) == ["unmap", "flush", "copy", "move"]
             assert list(row["blocked_ns"]) == ["first", "p50", "p99", "max"]
             engine = parse_engine(row["engine"])
+            assert row["call"] == f"CPU, {engine.copy_kernel}, {engine.threads} thread{'s' * (engine.threads > 1)}"
+            assert (row["hardware"], row["device"], row["cuda"], row["driver"]) == ("CPU", None, None, None)
             assert (row["copy_kernel"], row["threads"], row["batch_pages"]) == (engine.copy_kernel, engine.threads, 1024)
             assert len(row["gbps"]["samples"]) == 2
             assert row["gbps"]["mean"] == pytest.approx(sum(row["gbps"]["samples"]) / 2)

@@ -27,21 +27,19 @@ from offload.engines import Engine, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput, OffloadError
 from offload.experiment.bench import no_garbage_collection, run_bench
 from offload.experiment.config import MOST, BenchConfig, available_bytes, parse_order, split_list
-from offload.experiment.manifest import gpu_manifest, host_manifest
+from offload.experiment.manifest import gpu_manifest, host_manifest, what_ran
 from offload.kernels import cuda
 from offload.kernels.base import CACHE_LINE, CopyPlan
 from offload.kernels.cuda import open_device, why_not
 from offload.kernels.cuda_driver import CudaError
-from offload.kernels.cuda_engines import BLOCK_THREADS, BLOCKS_PER_SM, CudaBackend
+from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import STAGING_FRAMES, CudaTimer, DeviceRows, PinnedRows, measure_ceilings
 from offload.units import HPAGE_PUD_NR, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_size
 
-__all__ = ("AloneConfig", "run_alone", "LIMITS", "NOT_VERIFIED")
+__all__ = ("AloneConfig", "run_alone", "LIMITS")
 
 LIMITS = {"512": NR_MAX_BATCHED_MIGRATION, "PUD": HPAGE_PUD_NR}
 """Base pages at which a batch of the migration beside closes: mainline's limit, and that of the published tables."""
-NOT_VERIFIED = "not verified"
-"""Which hardware moved the bytes: only CUPTI tells, and it is not asked (docs/gpu.md)."""
 POISON = 0xAA
 PLACEMENTS = ("host", "pinned", "device")
 GPU_PAIRS = (("device", "device"), ("pinned", "device"), ("device", "pinned"), ("pinned", "pinned"))
@@ -231,14 +229,15 @@ def make_batch(config, memory, pair, order):
 # 3. Engines, as they are measured.
 
 class Measured:
-    """An engine in a cell: its backend, what it is called with, and the samples of its runs. close() when done."""
+    """An engine in a cell: its backend, and the samples of its runs. ``overlap``: cuda-batch's flag. close() when done."""
 
-    def __init__(self, engine: Engine, flags, options):
-        self.engine, self.flags = engine, flags
-        self.is_cuda = engine.copy_kernel in CALLS
-        self.backend = (CudaBackend(open_device(), engine.copy_kernel, engine.threads, check=False, **options) if self.is_cuda else
-                        engine.make_backend())
-        self.timer = CudaTimer(self.backend.provider) if self.is_cuda else None
+    def __init__(self, engine: Engine, overlap=False):
+        self.engine, self.overlap = engine, overlap
+        if engine.copy_kernel in WAYS:
+            self.backend = CudaBackend(open_device(), engine.copy_kernel, engine.threads, check=False, overlap=overlap)
+            self.timer = CudaTimer(self.backend.provider)
+        else:
+            self.backend, self.timer = engine.make_backend(), None
         self.whole, self.times, self.resident = [], [], []
         self.verified = True
 
@@ -282,10 +281,6 @@ class Measured:
         return sample
 
 
-CALLS = {"cuda-loop": "cuMemcpyAsync for each run", "cuda-batch": "cuMemcpyBatchAsync for up to 4096 runs",
-         "cuda-kernel": "one launch of copy_folios"}
-
-
 def measured_engines(config, pair):
     """A Measured for each engine that serves a pair; cuda-batch twice, without and with its overlap flag."""
     out = []
@@ -293,14 +288,9 @@ def measured_engines(config, pair):
         engine = parse_engine(name, pair)
         if not serves(engine, pair):
             continue
+        out.append(Measured(engine))
         if engine.copy_kernel == "cuda-batch":
-            out += [Measured(engine, "SRC_ACCESS_ORDER_STREAM", {}),
-                    Measured(engine, "SRC_ACCESS_ORDER_STREAM, PREFER_OVERLAP_WITH_COMPUTE", {"overlap": True})]
-        elif engine.copy_kernel == "cuda-kernel":
-            blocks = open_device().nr_sms * BLOCKS_PER_SM
-            out.append(Measured(engine, f"{blocks} blocks of {BLOCK_THREADS} threads at most", {}))
-        else:
-            out.append(Measured(engine, "", {}))
+            out.append(Measured(engine, overlap=True))
     return out
 
 
@@ -347,8 +337,7 @@ def run_cell(config, memory, pair, order, notes, step):
         for round_nr in range(config.warmup + config.repeat):
             for turn in range(len(engines)):
                 engines[(turn + round_nr) % len(engines)].run(memory, batch, timed=round_nr >= config.warmup)
-        gpu = gpu_manifest()
-        rows = [make_row(one, pair, order, batch, gpu if one.engine.on_gpu else {}) for one in engines]
+        rows = [make_row(one, pair, order, batch) for one in engines]
         notes.update(dict.fromkeys(one.engine.note for one in engines if one.engine.note))
     finally:
         for one in engines:
@@ -358,15 +347,12 @@ def run_cell(config, memory, pair, order, notes, step):
     return rows
 
 
-def make_row(one, pair, order, batch, gpu):
-    """The row of a cell from its samples. ns; GB/s are payload over the median. ``gpu``: the device that ran it, if one did."""
+def make_row(one, pair, order, batch):
+    """The row of a cell from its samples. ns; GB/s are payload over the median."""
     engine, plan, nbytes = one.engine, batch.plan, batch.plan.nbytes
     picked = one.backend.backend_for(plan)[0] if engine.copy_kernel == "auto" else None
-    way = (picked or engine.copy_kernel).partition(":")[0]
     row = {"engine": engine.name, "from": pair[0], "to": pair[1], "order": order, "folios": plan.nr_folios, "bytes": nbytes,
-           "call": CALLS.get(way, f"CPU, {engine.copy_kernel}, {engine.threads} thread{'s' if engine.threads > 1 else ''}"),
-           "flags": one.flags, "picked": picked, "hardware": NOT_VERIFIED if way in CALLS else "CPU",
-           **{name: gpu.get(name) for name in ("device", "cuda", "driver")},
+           "picked": picked, **what_ran(engine, picked=picked, overlap=one.overlap),
            "plan_ns": None, "submit_ns": None, "device_ns": None, "end_to_end_ns": spread_ns(one.whole),
            "gbps": gbps(nbytes, one.whole), "device_gbps": None, "resident": None, "verified": one.verified}
     if one.times:

@@ -29,7 +29,7 @@ import numpy as np
 from offload.engines import parse_engine
 from offload.errors import BrokenInvariant
 from offload.experiment.limits import Limits
-from offload.experiment.manifest import host_manifest
+from offload.experiment.manifest import host_manifest, what_ran
 from offload.jit import COMPILE_S, cache_is_warm, exit_on_interrupt, mark_cache_warm
 from offload.kernels.checksum import checksum_pages
 from offload.kernels.cpu import KERNELS
@@ -250,7 +250,7 @@ def make_row(config, engine, order, timed, others):
                           "max": int(blocked.max())},
            "cpu_s": float(np.mean([run.cpu_ns for run in timed])) / 1e9,
            "moved_bytes": min(run.result.moved_bytes for run in timed),
-           "verified": all(run.verified for run in timed + others)}
+           "verified": all(run.verified for run in timed + others), **what_ran(engine, config.nodes)}
     if "nowhere" not in config.nodes:
         row["gbps"] = spread([run.result.moved_bytes / run.wall_ns for run in timed])
     else:

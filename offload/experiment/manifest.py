@@ -14,8 +14,10 @@ import offload.units
 from offload.jit import JIT_DISABLED
 from offload.kernels import cuda
 from offload.kernels.cuda import SOURCE, nvidia_driver, version_text
+from offload.kernels.cuda_driver import MOST_DESCRIPTORS
+from offload.kernels.cuda_engines import BLOCK_THREADS, BLOCKS_PER_SM
 
-__all__ = ("host_manifest", "gpu_manifest")
+__all__ = ("host_manifest", "gpu_manifest", "what_ran", "NOT_VERIFIED")
 
 
 def host_manifest():
@@ -36,6 +38,32 @@ def gpu_manifest():
     return {"reason": found.reason, "device": found.device, "capability": found.capability and list(found.capability), "sms": found.nr_sms,
             "cuda": found.driver and version_text(found.driver), "driver": nvidia_driver(), "cupy": found.cupy, "nvrtc": found.nvrtc,
             "batch_call": found.batch_call, "kernel": SOURCE.name, "kernel_sha256": hashlib.sha256(SOURCE.read_bytes()).hexdigest()}
+
+
+NOT_VERIFIED = "not verified"
+"""Which unit of a GPU moved the bytes: only CUPTI tells, and it is not asked (docs/gpu.md)."""
+
+CALLS = {"cuda-loop": ("cuMemcpyAsync for each run", ""),
+         "cuda-batch": (f"cuMemcpyBatchAsync for up to {MOST_DESCRIPTORS} runs", "SRC_ACCESS_ORDER_STREAM"),
+         "cuda-kernel": ("one launch of copy_folios", f"{BLOCKS_PER_SM} blocks of {BLOCK_THREADS} threads an SM at most"),
+         "auto": ("that of the engine chosen for each batch", "")}
+
+
+def what_ran(engine, *, picked=None, overlap=False):
+    """The keys of a row that say what moved its bytes: call, flags, hardware, and for a GPU's engines device, cuda and driver.
+
+    ``picked``: the engine that auto took, where that is known. ``overlap``: cuda-batch's flag.
+    """
+    gpu = gpu_manifest() if engine.on_gpu else {}
+    way = picked.partition(":")[0] if picked else engine.copy_kernel
+    if way in CALLS:
+        call, flags = CALLS[way]
+        hardware = NOT_VERIFIED
+    else:
+        kernel = engine.copy_kernel if engine.copy_kernel != "auto" else "stream"
+        call, flags, hardware = f"CPU, {kernel}, {engine.threads} thread{'s' if engine.threads > 1 else ''}", "", "CPU"
+    return {"call": call, "flags": flags + ", PREFER_OVERLAP_WITH_COMPUTE" * overlap, "hardware": hardware,
+            **{name: gpu.get(name) for name in ("device", "cuda", "driver")}}
 
 
 def read_line(path):
