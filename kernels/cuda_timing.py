@@ -18,13 +18,13 @@ from offload.errors import EngineUnavailable, OutOfMemory
 from offload.kernels.base import DMA_TRANS_NOERROR, FRAME_SIZE, CopyPlan
 from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import PinnedMemory
+from offload.kernels.cuda_memory import DeviceMemory, Mover
 from offload.kernels.cuda_plan import split_evenly
 from offload.units import format_size
 
 __all__ = ("BatchTimes", "CudaTimer", "PinnedRows", "DeviceRows", "measure_ceilings", "CEILINGS")
 
 _FOR_EVER_NS = 1 << 62
-STAGING_FRAMES = (32 << 20) // FRAME_SIZE
 
 
 class BatchTimes(NamedTuple):
@@ -133,55 +133,39 @@ class PinnedRows:
         return self._rows[frame:frame + nr]
 
     def close(self):
+        self._rows = None
         self._memory.close()
 
 
 class DeviceRows:
-    """Frames in device memory, reached through a small pinned buffer. OutOfMemory if there is no room.
+    """Frames in device memory, for Python to fill and look at. OutOfMemory if there is no room.
 
     ``base`` is the address of frame 0; ``put`` and ``get`` copy rows of 4096 bytes in and out, and wait for it.
     """
 
     def __init__(self, device, nr_frames):
-        self.device, self.nbytes = device, nr_frames * FRAME_SIZE
-        self.base = self._staging = self._stream = None
-        device.enter()
+        self.nbytes = nr_frames * FRAME_SIZE
         try:
-            self.base = device.driver.alloc(self.nbytes)
-            self._staging = PinnedMemory(device, min(nr_frames, STAGING_FRAMES) * FRAME_SIZE)
-            self._stream = device.driver.stream()
+            self._memory, self._mover = DeviceMemory(device, self.nbytes), Mover(device)
         except CudaError as error:
-            self.close()
-            raise OutOfMemory(f"no room for {format_size(self.nbytes)} on {device.name} ({error}); use a smaller --size") from None
+            raise OutOfMemory(f"no room for {format_size(self.nbytes)} in the memory of {device.name} ({error}); use a smaller --size") from None
+        self.base = self._memory.address
 
     def put(self, frame, rows):
-        """Write uint8 ``rows`` (n, 4096) to the frames from ``frame`` on."""
-        staging = self._staging.view().reshape(-1, FRAME_SIZE)
-        for at in range(0, len(rows), len(staging)):
-            part = rows[at:at + len(staging)]
-            staging[:len(part)] = part
-            self._copy(self.base + (frame + at) * FRAME_SIZE, self._staging.address, part.nbytes)
+        """Write contiguous uint8 ``rows`` (n, 4096) to the frames from ``frame`` on."""
+        self._mover.copy(self.base + frame * FRAME_SIZE, rows.ctypes.data, rows.nbytes)
+        self._mover.sync()
 
     def get(self, frame, nr):
-        """The bytes of ``nr`` frames, at most STAGING_FRAMES: rows that are good until the next call."""
-        self._copy(self._staging.address, self.base + frame * FRAME_SIZE, nr * FRAME_SIZE)
-        return self._staging.view()[:nr * FRAME_SIZE].reshape(nr, FRAME_SIZE)
-
-    def _copy(self, dst, src, nbytes):
-        self.device.enter()
-        self.device.driver("cuMemcpyAsync", dst, src, nbytes, self._stream)
-        self.device.driver("cuStreamSynchronize", self._stream)
+        """The bytes of ``nr`` frames, in an array of their own."""
+        rows = np.empty((nr, FRAME_SIZE), np.uint8)
+        self._mover.copy(rows.ctypes.data, self.base + frame * FRAME_SIZE, rows.nbytes)
+        self._mover.sync()
+        return rows
 
     def close(self):
-        """Give it all back. Twice is once."""
-        self.device.enter_quietly()
-        if self._stream:
-            self.device.quietly("cuStreamDestroy_v2", self._stream)
-        if self._staging:
-            self._staging.close()
-        if self.base:
-            self.device.quietly("cuMemFree_v2", self.base)
-        self.base = self._staging = self._stream = None
+        """Give it all back; nothing may be copying. Twice is once."""
+        self._memory = self._mover = None
 
 
 # Ceilings.

@@ -356,6 +356,19 @@ class TestTheEngine:
         assert migrator.handed == {"cuda-kernel": 1, "cuda-loop:1": 1}
         world.check()
 
+    @pytest.mark.parametrize("nodes", [("device", "device"), ("pinned", "device"), ("device", "pinned")])
+    def test_with_device_memory(self, device, nodes):
+        engine = parse_engine("auto", nodes)
+        engine.check_nodes(nodes)
+        world = World.__new__(World)
+        world.machine = Machine(nodes=tuple(NodeConfig(2048, placement=placement) for placement in nodes), poison=True)
+        world.process, world.expected, world.held = world.machine.process(), [], []
+        pages = world.pfns(64)
+        with on_duty(world.machine, engine.make_migrator()) as migrator:
+            assert world.migrate(pages).copies["batched"] == 64
+        assert migrator.handed == {"cuda-kernel": 1}
+        world.check()
+
     def test_a_lost_device_loses_nothing(self, device):
         engine = parse_engine("auto", ("pinned", "pinned"))
         world = World.__new__(World)

@@ -564,6 +564,10 @@ class TestBench:
         assert f"--nodes {nodes} " in result["manifest"]["command"]
         assert ("checksum" in result["manifest"]["verified"]) == ("device" in nodes)
         assert all(row["gbps"]["mean"] > 0 and row["limit_gbps"] > 0 for row in result["rows"])
+        for row in result["rows"]:
+            by_cpu = "device" not in nodes and not row["engine"].startswith("cuda")
+            assert row["hardware"] == ("CPU" if by_cpu else "not verified") and (row["device"] is None) == by_cpu
+            assert row["call"].startswith("CPU") == by_cpu
 
     def test_a_wrong_byte_is_found(self, stub, monkeypatch):
         stub.state.corrupt = 0

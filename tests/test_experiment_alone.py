@@ -215,10 +215,12 @@ class TestOnTheStub:
         assert len(unverified_cells(result)) == 2
 
     def test_migrations_beside(self, stub):
-        result = run_alone(small(engines="batch,cuda-loop:1", nodes=("pinned,pinned",), orders="0", migration=True, repeat=1))
-        assert {(one["engine"], one["limit"]) for one in result["migrations"]} == {
-            (engine, limit) for engine in ("batch", "cuda-loop:1") for limit in ("512", "PUD")}
+        """With device memory at an end the CPU's batch is no engine alone, but a migration: folio by folio."""
+        result = run_alone(small(engines="batch,cuda-loop:1", nodes=("pinned,pinned", "pinned,device"), orders="0", migration=True, repeat=1))
+        assert {(one["to"], one["engine"], one["limit"]) for one in result["migrations"]} == {
+            (to, engine, limit) for to in ("pinned", "device") for engine in ("batch", "cuda-loop:1") for limit in ("512", "PUD")}
         assert all(one["verified"] for one in result["migrations"])
+        assert [row["engine"] for row in result["rows"]] == ["batch", "cuda-loop:1", "cuda-loop:1"]
 
     def test_where_there_is_no_migration_it_says_why(self, stub, monkeypatch):
         def refused(*args, **texts):
@@ -237,6 +239,27 @@ class TestOnTheStub:
         with pytest.raises(InvalidInput, match="served by none"):
             AloneConfig.parse(nodes=(nodes,), engines=engines, folios=4)
 
+    @pytest.mark.parametrize("nodes", ["device,device", "pinned,device"])
+    def test_more_than_the_device_has(self, stub, nodes):
+        stub.state.device_bytes = 5 << 20
+        assert small(engines="cuda-loop:1", nodes=(nodes,), size="2M", orders="9")
+        with pytest.raises(InvalidInput, match="use a smaller --size") as refused:
+            small(engines="cuda-loop:1", nodes=(nodes,), size="4M", orders="9")
+        assert "\n" not in str(refused.value) and stub.state.allocs == 0
+
+    def test_ceilings_with_one_pair_alone(self, stub):
+        """A share of the ceiling is had by whoever asks for one pair: pinned memory is had for it."""
+        stub.state.ps_byte = 100
+        result = run_alone(small(engines="cuda-kernel", nodes=("device,device",), orders="0"))
+        assert len(result["ceilings"]) == 4 and result["rows"][0]["device_share_of_ceiling"] is not None
+        assert run_alone(small(engines="cuda-kernel", nodes=("pinned,pinned",), orders="0"))["ceilings"] is None
+
+    def test_pageable_memory(self, stub):
+        """A copy call stages it; the others would have to reach it, and are left out."""
+        result = run_alone(small(engines="cuda-loop:1,cuda-batch,batch", nodes=("host,device", "host,host"), orders="0"))
+        assert [(row["to"], row["engine"]) for row in result["rows"]] == [("device", "cuda-loop:1"), ("host", "batch")]
+        assert unverified_cells(result) == []
+
     def test_a_lost_device(self, stub):
         config = small(engines="cuda-loop:1", nodes=("device,device",), orders="0")
         stub.state.lose_at = 60
@@ -252,11 +275,11 @@ class TestOnTheStub:
             run_alone(config)
 
     @pytest.mark.parametrize("nodes", ["device,device", "pinned,pinned"])
-    @pytest.mark.parametrize("nr", range(5))
+    @pytest.mark.parametrize("nr", range(7))
     def test_no_room(self, stub, nr, nodes):
         config = small(engines="cuda-loop:1", nodes=(nodes,), orders="0")
         stub.state.fail_alloc = nr
-        if nr >= (2 if nodes == "pinned,pinned" else 4):        # all pieces, and the device's buffers, are there
+        if nr >= (2 if nodes == "pinned,pinned" else 6):        # two pieces of each kind, and a scratch page of each on the device
             run_alone(config)
             return
         with pytest.raises(OutOfMemory, match="smaller --size"):

@@ -33,7 +33,7 @@ from offload.kernels.base import CACHE_LINE, CopyPlan
 from offload.kernels.cuda import open_device, why_not
 from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
-from offload.kernels.cuda_timing import STAGING_FRAMES, CudaTimer, DeviceRows, PinnedRows, measure_ceilings
+from offload.kernels.cuda_timing import CudaTimer, DeviceRows, PinnedRows, measure_ceilings
 from offload.units import HPAGE_PUD_NR, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_size
 
 __all__ = ("AloneConfig", "run_alone", "LIMITS")
@@ -41,6 +41,8 @@ __all__ = ("AloneConfig", "run_alone", "LIMITS")
 LIMITS = {"512": NR_MAX_BATCHED_MIGRATION, "PUD": HPAGE_PUD_NR}
 """Base pages at which a batch of the migration beside closes: mainline's limit, and that of the published tables."""
 POISON = 0xAA
+PIECE_FRAMES = 8192
+"""Poisoned and compared at a time."""
 PLACEMENTS = ("host", "pinned", "device")
 GPU_PAIRS = (("device", "device"), ("pinned", "device"), ("device", "pinned"), ("pinned", "pinned"))
 CPU_ENGINES, GPU_ENGINES = ("batch", "batch+stream"), ("cuda-loop:1", "cuda-batch", "cuda-kernel", "auto")
@@ -93,16 +95,25 @@ class AloneConfig:
                                    f"--size or smaller --orders")
         for name in self.engines:
             parse_engine(name)
-        if any(set(pair) & {"pinned", "device"} for pair in self.pairs):
-            open_device()                           # its reason first
+        if self.kinds & {"pinned", "device"}:
+            self.check_device()                     # its reason first
         for pair in self.pairs:
             if not any(serves(parse_engine(name), pair) or name == "auto" and "host" not in pair for name in self.engines):
                 raise InvalidInput(f"nodes {','.join(pair)} are served by none of the engines {','.join(self.engines)}; GPU engines reach "
-                                   f"pinned and device, CPU engines host and pinned")
+                                   f"pinned and device (cuda-loop:N also host and device), CPU engines host and pinned")
         need, available = self.needed_bytes(), available_bytes()
         if need > available:
             raise InvalidInput(f"a batch of {format_size(self.nr_frames * PAGE_SIZE)} needs about {need / 1e9:.1f} GB of memory and "
                                f"{available / 1e9:.1f} GB is available; use a smaller --size or --folios")
+
+    def check_device(self):
+        """EngineUnavailable without a GPU, InvalidInput if it has not so much memory: nothing is allocated yet."""
+        device = open_device()
+        device.enter()
+        need, free = 2 * self.nr_frames * PAGE_SIZE * ("device" in self.kinds), device.driver.free_bytes()
+        if need > free:
+            raise InvalidInput(f"two batches of {format_size(self.nr_frames * PAGE_SIZE)} need {need / 1e9:.1f} GB in the memory of {device.name} "
+                               f"and {free / 1e9:.1f} GB is free; use a smaller --size or --folios")
 
     def count(self, order):
         """How many folios of ``order`` are in a batch."""
@@ -115,7 +126,9 @@ class AloneConfig:
 
     @property
     def kinds(self):
-        return {placement for pair in self.pairs for placement in pair}
+        """Of memory that is needed: those of the pairs, and with device memory pinned memory, for the ceilings up and down."""
+        kinds = {placement for pair in self.pairs for placement in pair}
+        return kinds | ({"pinned"} if "device" in kinds else set())
 
     def needed_bytes(self):
         """About how much host memory it takes: the bytes, what is expected, and two pieces of each kind that lies there."""
@@ -144,8 +157,17 @@ def parse_pair(text):
 
 
 def serves(engine, pair):
-    """Whether an Engine copies between these placements."""
-    return set(pair) <= ({"pinned", "device"} if engine.on_gpu else {"host", "pinned"})
+    """Whether an Engine copies batches between these placements. (Folio by folio, in a migration, more of them do.)"""
+    return may_migrate(engine, pair) and (engine.on_gpu or "device" not in pair)
+
+
+def may_migrate(engine, pair):
+    """Whether ``offload bench`` takes an Engine with nodes of these placements."""
+    try:
+        engine.check_nodes(pair)
+    except InvalidInput:
+        return False
+    return True
 
 
 # 2. Memory: frames of each kind, two pieces of them. A batch goes from the first of one kind to the second of another.
@@ -176,7 +198,7 @@ class Memory:
         self.config, self.pieces = config, {}
         rng = np.random.default_rng(config.seed)
         self.content = rng.integers(0, 1 << 64, (config.nr_frames, PAGE_SIZE // 8), np.uint64).view(np.uint8)
-        self.poison = np.full((min(config.nr_frames, STAGING_FRAMES), PAGE_SIZE), POISON, np.uint8)
+        self.poison = np.full((min(config.nr_frames, PIECE_FRAMES), PAGE_SIZE), POISON, np.uint8)
 
     def __enter__(self):
         try:
@@ -276,8 +298,8 @@ class Measured:
         done = np.zeros(plan.nr_folios, np.uint8)
         sample = copy(plan, done)
         self.verified &= bool(done.all()) and all(
-            np.array_equal(batch.dst.get(at, min(STAGING_FRAMES, nr_frames - at)), batch.expected[at:at + STAGING_FRAMES])
-            for at in range(0, nr_frames, STAGING_FRAMES))
+            np.array_equal(batch.dst.get(at, min(PIECE_FRAMES, nr_frames - at)), batch.expected[at:at + PIECE_FRAMES])
+            for at in range(0, nr_frames, PIECE_FRAMES))
         return sample
 
 
@@ -321,7 +343,7 @@ def run_cells(config, notes, step):
     """(ceilings or None, rows) of all pairs and orders. ``notes`` gets those of the engines, as keys."""
     rows, ceilings = [], None
     with Memory(config) as memory:
-        if {"pinned", "device"} <= config.kinds:
+        if "device" in config.kinds:
             both = {kind: [piece.base for piece in memory.pieces[kind]] for kind in ("pinned", "device")}
             ceilings = measure_ceilings(open_device(), both, config.nr_frames * PAGE_SIZE, config.repeat)
         for pair in config.pairs:
@@ -352,7 +374,7 @@ def make_row(one, pair, order, batch):
     engine, plan, nbytes = one.engine, batch.plan, batch.plan.nbytes
     picked = one.backend.backend_for(plan)[0] if engine.copy_kernel == "auto" else None
     row = {"engine": engine.name, "from": pair[0], "to": pair[1], "order": order, "folios": plan.nr_folios, "bytes": nbytes,
-           "picked": picked, **what_ran(engine, picked=picked, overlap=one.overlap),
+           "picked": picked, **what_ran(engine, pair, picked=picked, overlap=one.overlap),
            "plan_ns": None, "submit_ns": None, "device_ns": None, "end_to_end_ns": spread_ns(one.whole),
            "gbps": gbps(nbytes, one.whole), "device_gbps": None, "resident": None, "verified": one.verified}
     if one.times:
@@ -386,7 +408,7 @@ def add_shares(row, ceilings):
 def run_migrations(config, pair, order, step):
     """Migrations of the same folios between nodes of these placements, once for each of LIMITS; or why there are none."""
     nbytes = config.count(order) * PAGE_SIZE << order
-    names = [name for name in config.engines if serves(parse_engine(name, pair), pair)]
+    names = [name for name in config.engines if may_migrate(parse_engine(name, pair), pair)]
     out = []
     for limit, batch_pages in LIMITS.items():
         head = {"from": pair[0], "to": pair[1], "order": order, "limit": limit, "batch_pages": batch_pages}

@@ -49,16 +49,21 @@ CALLS = {"cuda-loop": ("cuMemcpyAsync for each run", ""),
          "auto": ("that of the engine chosen for each batch", "")}
 
 
-def what_ran(engine, *, picked=None, overlap=False):
-    """The keys of a row that say what moved its bytes: call, flags, hardware, and for a GPU's engines device, cuda and driver.
+def what_ran(engine, nodes, *, picked=None, overlap=False):
+    """The keys of a row that say what moved its bytes: call, flags, hardware, and where a GPU did, device, cuda and driver.
 
-    ``picked``: the engine that auto took, where that is known. ``overlap``: cuda-batch's flag.
+    ``nodes``: the placements it copied from and to. ``picked``: the engine that auto took, where that is known. ``overlap``:
+    cuda-batch's flag.
     """
-    gpu = gpu_manifest() if engine.on_gpu else {}
+    gpu = gpu_manifest() if engine.on_gpu or "device" in nodes else {}
     way = picked.partition(":")[0] if picked else engine.copy_kernel
     if way in CALLS:
         call, flags = CALLS[way]
         hardware = NOT_VERIFIED
+    elif "nowhere" in nodes:
+        call, flags, hardware = "none, there are no bytes", "", "none"
+    elif "device" in nodes:
+        call, flags, hardware = "cuMemcpyAsync for each folio, waited for", "", NOT_VERIFIED
     else:
         kernel = engine.copy_kernel if engine.copy_kernel != "auto" else "stream"
         call, flags, hardware = f"CPU, {kernel}, {engine.threads} thread{'s' if engine.threads > 1 else ''}", "", "CPU"
