@@ -5,6 +5,7 @@ How to read them: docs/gpu.md. ``--`` is what was not measured or does not exist
 
 from offload.experiment.tables import ABSENT, folio_size
 from offload.report import table
+from offload.units import format_size
 
 __all__ = ("alone_tables", "unverified_cells")
 
@@ -22,7 +23,7 @@ def alone_tables(result):
     """What is printed: lines of text and rich tables, in order; the line above a table is its title."""
     manifest = result["manifest"]
     gpu = manifest["gpu"]
-    yield (f"one batch of {manifest['folios']} folios, {manifest['size']} bytes at most, in random order at both ends; {manifest['repeat']} runs "
+    yield (f"one batch of {manifest['folios']} folios, {format_size(manifest['size'])} at most, in random order at both ends; {manifest['repeat']} runs "
            f"after {manifest['warmup']} to warm up, medians, seed {manifest['seed']}")
     yield f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, commit {manifest['git_commit']}"
     yield (f"no GPU: {gpu['reason']}" if gpu["reason"] else
