@@ -186,7 +186,7 @@ folio = record({"name": name}, {
 
 KINDS_WITH = {
     "swapcache": ("anon", "ksm", "shmem"), "pinned": ("anon", "hugetlb"), "private": ("file",), "truncated": ("file",),
-    "aops": ("file", "shmem"), "inaccessible": ("file", "shmem"), "callback": ("file", "movable_ops"),
+    "aops": ("file", "shmem"), "inaccessible": ("file", "shmem"), "callback": ("file", "shmem", "movable_ops"),
     "migratable": ("hugetlb",), "orphan_subpool": ("hugetlb",), "partially_mapped": ("anon", "ksm")}
 """Folio fields that say something about certain kinds only."""
 

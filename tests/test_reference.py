@@ -132,12 +132,14 @@ class Entry:
         if self.can_split:
             if "locked" not in self.fields:
                 self.script("split", ["EAGAIN", "EBUSY", "EINVAL"], 5)
+            if kind in ("file", "shmem") and self.fields.get("aops") != "none":
+                self.script("callback", ["EAGAIN", "EAGAIN", "EBUSY", "EINVAL", "ok"], 3)
             return
         if self.kernel != "mm-next" and kind != "movable_ops":
             put("copy_error", [True], 10)
         if self.kernel == "mm-next" or kind != "hugetlb":
             put("hwpoison", ["before", "after_unmap"], 3 if self.kernel == "mm-next" else 10)
-        if kind == "movable_ops" or kind == "file" and self.fields.get("aops") != "none":
+        if kind == "movable_ops" or kind in ("file", "shmem") and self.fields.get("aops") != "none":
             self.script("callback", ["EAGAIN", "EAGAIN", "EBUSY", "EINVAL", "ok"], 3)
         if kind == "hugetlb":
             put("migratable", [False], 8)
