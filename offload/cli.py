@@ -186,23 +186,39 @@ def snapshot(
 
 @app.command()
 def run(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Scenario files; see docs/scenarios.md.")],
-        trace: Annotated[bool, typer.Option("--trace", help="Tell what happened to each folio, step by step.")] = False,
+        protocol: Annotated[str | None, typer.Option(metavar="NAME[,NAME...]", help="Run under v6, v5, flags or v4, or under several, "
+                                                     "and show them side by side. What a file expects is judged only under "
+                                                     "its own protocol.")] = None,
+        trace: Annotated[bool, typer.Option("--trace", help="Tell what happened to each folio, step by step: who joins the "
+                                                            "batch copy, who writes, which copies are skipped.")] = False,
         json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the results; - is standard output, the "
                                                                         "lines then go to standard error.")] = None):
     """Run scenario files and compare with what they expect.
 
     Exit status 0 if all is as expected, 1 if something differs, 2 if a file is wrong or not supported. Every file is run.
     """
-    from offload.report import json_target, write_json
-    from offload.scenario import run_file
+    from offload.report import console, json_target, write_json
+    from offload.scenario import parse_protocols, run_file
+    from offload.scenario_table import protocol_tables
 
     json_target(json)
+    protocols = parse_protocols(protocol)
     outcomes = []
     for file in files:
-        outcome = run_file(file, trace=trace)
-        outcomes.append(outcome)
-        out = sys.stderr if json == "-" or outcome.message else sys.stdout
-        print(*outcome.lines(), sep="\n", file=out, flush=True)
+        ran = []
+        for each in protocols:
+            outcome = run_file(file, trace=trace, protocol=each)
+            outcomes.append(outcome)
+            out = sys.stderr if json == "-" or outcome.message else sys.stdout
+            print(*outcome.lines(), sep="\n", file=out, flush=True)
+            if outcome.message is None:
+                ran.append(outcome)
+            if outcome.protocol is None or outcome.name is None:        # a file without offload, or none that can be read
+                break
+        if protocol is not None and ran:
+            out = console(sys.stderr if json == "-" else sys.stdout)
+            for part in protocol_tables(ran):
+                out.print(part)
     if len(outcomes) > 1:
         count = collections.Counter(outcome.status for outcome in outcomes)
         print(", ".join(f"{nr} {status}" for status, nr in count.items()), file=sys.stderr if json == "-" else sys.stdout)

@@ -140,7 +140,7 @@ class Machine:
         self._swap_device = self._vdso = self._init = None
         self._free_rows = {"vmas": [], "avcs": [], "mms": []}
         self._held = {}
-        self.tracer = None                          # told of each call: begin() returns events, end() gets the MigrateResult
+        self.tracer = None                          # told of each call: begin(started) returns events, end() gets the MigrateResult
         self._build(config)
         self.offload = CopyOffload(self.mem)
 
@@ -404,10 +404,11 @@ class Machine:
                 nodes.nr_isolated_anon[:], nodes.nr_isolated_file[:] = nr_isolated
 
     def migrate_isolated(self, folios, nid, *, mode, reason, pf_memalloc=False, events=(), time_copies=True, into=None,
-                         putback=True):
+                         started=None, putback=True):
         """As migrate_pages(), for folios that the caller has isolated. ``nid``: a node, or a TargetControl.
 
-        ``into``: list that gets the result, also when it raises; if it gets none, the folios are as they were.
+        ``into``: list that gets the result, also when it raises; if it gets none, the folios are as they were. List ``started``
+        gets the Call, for events that look at it.
         ``putback`` False leaves what is left isolated (``.left``).
         """
         mode, reason, events = parse_mode(mode), parse_reason(reason), check_events(events)
@@ -419,9 +420,10 @@ class Machine:
         if self.batch_mode is not None:
             raise Busy("another migration cannot be started between two steps of one; start it before or after")
         if self.tracer is not None:
-            events = (*self.tracer.begin(), *events)
-        into = [] if into is None else into
-        nr, started = len(into), []
+            started = [] if started is None else started
+            events = (*self.tracer.begin(started), *events)
+        into, started = [] if into is None else into, [] if started is None else started
+        nr = len(into)
         try:
             self._running = True
             return migrate_pages(self, folios, mode=mode, reason=reason, target=nid, pf_memalloc=pf_memalloc, events=events,

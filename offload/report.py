@@ -19,12 +19,13 @@ def console(file=None):
 
 
 def table(title, columns, rows, *, right=(), fold=None):
-    """A rich table; ``right`` names the columns of numbers, ``fold`` the one that is wrapped on a narrow terminal."""
+    """A rich table; ``right`` names the columns of numbers, ``fold`` the one, or several, that are wrapped on a narrow terminal."""
     from rich.table import Table
+    fold = (fold,) if isinstance(fold, str) else fold or ()
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        out.add_column(column, justify="right" if column in right else "left", no_wrap=column != fold,
-                       overflow="fold" if column == fold else "ellipsis")
+        out.add_column(column, justify="right" if column in right else "left", no_wrap=column not in fold,
+                       overflow="fold" if column in fold else "ellipsis")
     for row in rows:
         out.add_row(*(str(cell) for cell in row))
     return out

@@ -6,16 +6,20 @@ scenario_processes.py build and run the two levels, scenario_trace.py tells what
 """
 
 import dataclasses
+import re
 
 from offload.errors import BrokenInvariant, NotSupported, OffloadError
 from offload.scenario_folios import FolioLevel, check_folio_level
 from offload.scenario_format import load, one_line, shown
 from offload.scenario_machine import check_offload
 from offload.scenario_processes import ProcessLevel, check_process_level
+from offload.scenario_table import wrong_words
+from offload.units import parse_protocol
 
-__all__ = ("Outcome", "run_file", "run_scenario", "check_supported", "differences")
+__all__ = ("Outcome", "parse_protocols", "run_file", "run_scenario", "check_supported", "differences")
 
-MAX_SHOWN = 8                       # differences of one list or object that are told one by one
+MAX_SHOWN = 8                       # folios with wrong bytes that are named
+DATA_OK = re.compile(r"expect\[([0-9]+)\]\.data_ok")
 
 
 def check_supported(scenario):
@@ -54,6 +58,9 @@ class Outcome:
     differences: list = dataclasses.field(default_factory=list)
     message: str | None = None
     trace: list = dataclasses.field(default_factory=list)
+    protocol: str | None = None     # under which it ran; None: there is no offload in the file
+    expects: str | None = None      # the file's own protocol, where that is another: then nothing is judged
+    loss_expected: bool = False     # the file expects wrong bytes
 
     @property
     def exit_status(self):
@@ -61,41 +68,80 @@ class Outcome:
 
     def as_json(self):
         """The result object of ``--json``."""
-        return {"format": 1, "file": self.file, "name": self.name, "status": self.status, "message": self.message,
-                "results": self.results,
+        return {"format": 1, "file": self.file, "name": self.name, "protocol": self.protocol, "status": self.status,
+                "message": self.message, "results": self.results,
                 "differences": [{"field": field, "expected": expected, "got": got}
                                 for field, expected, got in self.differences]}
 
     def lines(self):
         """What is printed for the file: one line, the trace, and a line per difference."""
-        head = f"{one_line(self.file)}: {self.status}"
+        file = one_line(self.file)
         if self.message is not None:
-            return [*self.trace, f"{one_line(self.file)}: {self.message}"]
+            return [*self.trace, f"{file}: {self.message}"]
+        head = f"{file}: {self.status}"
         if self.differences:
             head += f", {len(self.differences)} field{'s' if len(self.differences) > 1 else ''}"
-        return [*self.trace, head, *(f"  {one_line(field)}: expected {one_line(shown(expected))}, got {one_line(shown(got))}"
-                                     for field, expected, got in self.differences)]
+        if self.expects:
+            head += f" under {self.protocol}, not judged: what it expects is for {self.expects}"
+        if not any(DATA_OK.fullmatch(field) for field, _, _ in self.differences):
+            lost = [one_line(self.wrong_data(i)) for i in range(len(self.results)) if self.wrong_data(i)]
+            head += "".join(f"; {one}" for one in lost) + (", as expected" if lost and self.loss_expected else "")
+        return [*self.trace, head, *(f"  {one_line(self.told(*difference))}" for difference in self.differences)]
+
+    def told(self, field, expected, got):
+        """One difference, and of wrong data whose it is."""
+        call = DATA_OK.fullmatch(field)
+        whose = f" ({self.wrong_data(int(call[1]))})" if call and got is False and self.wrong_data(int(call[1])) else ""
+        return f"{field}: expected {shown(expected)}, got {shown(got)}{whose}"
+
+    def wrong_data(self, i):
+        """Which folios' bytes are not the last written to them after call ``i``, in words; "" if none."""
+        words = wrong_words(self.results[i])
+        more = f" and {len(words) - MAX_SHOWN} more folios" if len(words) > MAX_SHOWN else ""
+        return ", ".join(f"{name}: {what}" for name, what in words[:MAX_SHOWN]) + more
 
 
-def run_file(path, *, trace=False):
-    """Read, check and run one file; the Outcome. Raises only for a bug of ours."""
+def parse_protocols(text):
+    """The protocols of ``--protocol NAME,NAME``, each once, in the order given; [None] for None: what each file says."""
+    if text is None:
+        return [None]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        parse_protocol(name)
+    return names
+
+
+def run_file(path, *, trace=False, protocol=None):
+    """Read, check and run one file; the Outcome. Raises only for a bug of ours.
+
+    ``protocol`` takes the place of the file's own, where it has an ``offload`` at all; what it expects is then judged only if
+    the two are the same.
+    """
     lines = []
-    name = None
+    name = expects = None
     try:
         scenario = load(path)
         name = scenario["name"]
+        if "offload" in scenario:
+            own = scenario["offload"].get("protocol", "v6")
+            protocol = protocol or own
+            expects = own if protocol != own and "expect" in scenario else None
+            scenario["offload"]["protocol"] = protocol
+        else:
+            protocol = None
         results = run_scenario(scenario, lines if trace else None)
     except BrokenInvariant:
         raise
     except NotSupported as error:
-        return Outcome(path, "not supported", name, message=str(error))
+        return Outcome(path, "not supported", name, message=str(error), protocol=protocol)
     except OffloadError as error:
-        return Outcome(path, "wrong", name, message=str(error), trace=lines)
-    if "expect" not in scenario:
-        return Outcome(path, "ran", name, results, trace=lines)
+        return Outcome(path, "wrong", name, message=str(error), trace=lines, protocol=protocol)
+    if "expect" not in scenario or expects:
+        return Outcome(path, "ran", name, results, trace=lines, protocol=protocol, expects=expects)
     found = [difference for i, (expected, got) in enumerate(zip(scenario["expect"], results))
              for difference in differences(expected, got, f"expect[{i}]")]
-    return Outcome(path, "differs" if found else "passed", name, results, found, trace=lines)
+    return Outcome(path, "differs" if found else "passed", name, results, found, trace=lines, protocol=protocol,
+                   loss_expected=any(one.get("data_ok") is False for one in scenario["expect"]))
 
 
 MISSING = "nothing"

@@ -23,6 +23,7 @@ from offload.mm.memmap import (
 from offload.mm.movable_ops import free_movable_ops_page
 from offload.mm.node import GUP_PIN_COUNTING_BIAS
 from offload.mm.pagetable import PTE_DIRTY, PTE_HWPOISON, PTE_MIGRATION, PTE_SPECIAL, PTE_WRITE
+from offload.scenario_copies import Copies, Folio
 from offload.scenario_format import Fault, expand, folio_order, shown
 from offload.scenario_machine import change_entries, make_machine, not_supported, page_entries, zap
 from offload.scenario_trace import Steps
@@ -80,6 +81,7 @@ class FolioLevel:
         self.machine = make_machine(scenario)
         self.stretches = []
         self.rng = np.random.default_rng(SEED)
+        self.written = set()                        # names of folios into which a holder has written
         self.build()
 
     # --- building ---------------------------------------------------------------------------------------------
@@ -270,31 +272,35 @@ class FolioLevel:
         isolated = self.nr_isolated()
         vmstat = machine.vmstat
         self.unmapped = set()
-        steps = None if self.trace is None else Steps(machine, self.name_of, self.trace)
+        started = []
+        copies = Copies(machine, started, self.name_of)
+        self.steps = steps = None if self.trace is None else Steps(machine, copies, self.trace)
         events = [Event("moved", self.on_moved), Event("move", self.on_move)]
+        # A step is told before our own books change, but for "moved", which is told with the new holder.
+        told = [Event(step, copies.tell) for step in ("unmapped", "batch_copied", "move", "copied", "moved")]
+        if steps is not None:
+            told += [Event(step, steps.tell) for step in STEPS]
         if self.writers:
             events += [Event("unmapped", self.on_unmapped), Event("batch_copied", self.on_batch_copied),
                        Event("flush", self.on_flush)]
-        if steps is not None:
-            # A step is told before our own books change, but for "moved", which is told with the new holder.
-            told = [Event(step, steps.tell) for step in STEPS]
-            events = [one for one in told if one.step != "moved"] + events + [one for one in told if one.step == "moved"]
+        events = [one for one in told if one.step != "moved"] + events + [one for one in told if one.step == "moved"]
         target = call.get("target", 1)
         if machine.mem.nodes.nr_pages[target] == 0:
             target = TargetControl(target)          # which may name a node without memory
         result = machine.migrate_isolated(
             self.list, target, mode=call.get("mode", "MIGRATE_ASYNC"),
             reason=call.get("reason", "compaction"), pf_memalloc=call.get("pf_memalloc", False), events=events,
-            putback=False)
+            started=started, putback=False)
         self.list = result.left
         left = [self.name_of(int(pfn)) for pfn in result.left]
+        wrong = self.wrong_folios()
         if steps is not None:
-            steps.end(result, left)
+            steps.end(result, left, [(name, "WRITE LOST" if name in self.written else "WRONG BYTES") for name in wrong])
         return {
             "rc": result.rc, "left": left, "stats": result.stats, "targets": result.targets,
             "nr_isolated": self.nr_isolated() - isolated, "tlb_flushes": result.tlb_flushes, "copies": result.copies,
             "vmstat": {key: value - vmstat[key] for key, value in machine.vmstat.items()}, "trace": list(result.trace),
-            "folios": self.folio_facts(), "data_ok": self.data_ok()}
+            "folios": self.folio_facts(copies, wrong), "data_ok": not wrong}
 
     def on_move(self, step, pfn):
         self.moving = pfn
@@ -332,6 +338,9 @@ class FolioLevel:
                 i = int(self.page_in[head]) - stretch.first_page
                 stretch.contents[i:i + nr_pages] = self.rng.integers(1, 256, (nr_pages, PAGE_SIZE), np.uint8)
                 self.machine.frames.view(head, nr_pages)[:] = stretch.contents[i:i + nr_pages]
+                self.written.add(self.name_of(head))
+                if self.steps is not None:
+                    self.steps.wrote(head)
 
     # --- looking ----------------------------------------------------------------------------------------------
 
@@ -352,8 +361,8 @@ class FolioLevel:
             return stretch.names[whole]
         return f"{stretch.names[whole]}/{index}"
 
-    def folio_facts(self):
-        """What results say of each folio that still holds what a named one held."""
+    def folio_facts(self, copies, wrong):
+        """What results say of each folio that still holds what a named one held. ``wrong``: names, see wrong_folios()."""
         folios = self.machine.mem.folios
         facts = {}
         for stretch in self.stretches:
@@ -369,35 +378,49 @@ class FolioLevel:
                     continue
                 folio = folios[pfn]
                 nr_pages = 1 << int(folio.order)
-                facts[self.name_of(pfn)] = {
+                name = self.name_of(pfn)
+                facts[name] = {
                     "node": int(folio.nid), "refcount": int(folio.refcount), "mapcount": int(folio.mapcount),
                     "dirty": bool(folio.page_flags & PG_dirty), "swapcache": bool(folio.page_flags & PG_swapcache),
-                    "mlocked": bool(folio.page_flags & PG_mlocked), "present": not migrating[i:i + nr_pages].any()}
+                    "mlocked": bool(folio.page_flags & PG_mlocked), "present": not migrating[i:i + nr_pages].any(),
+                    "data_ok": name not in wrong, "written": name in self.written,
+                    **copies.folios.get(name, Folio()).as_result()}
                 i += nr_pages
         return {name: {key: bool(value) if key == "present" else value for key, value in fact.items()}
                 for name, fact in facts.items()}
 
-    def data_ok(self):
-        """Whether every byte is the last one written to it: in the frames, and as the page tables show them."""
+    def wrong_folios(self):
+        """Names of the folios of which not every byte is the last one written to it."""
+        return list(dict.fromkeys(self.name_of_page(stretch, i) for stretch in self.stretches
+                                  for i in np.flatnonzero(self.wrong_pages(stretch)).tolist()))
+
+    def name_of_page(self, stretch, i):
+        """Name of the folio that holds page ``i`` of a stretch; of the folio of the file if it has been freed."""
+        pfn = int(stretch.holder[i])
+        if pfn == 0 or not self.in_use(stretch.holder[i:i + 1])[0]:
+            return stretch.names[i >> stretch.order]
+        order = int(self.machine.mem.orders[pfn])
+        return self.name_of(pfn >> order << order)
+
+    def wrong_pages(self, stretch):
+        """bool per base page: whether some byte is not the last written, in its frame or as the page tables show it."""
         machine = self.machine
-        for stretch in self.stretches:
-            alive = stretch.holder != 0
-            alive[alive] = self.in_use(stretch.holder[alive])
-            for i in np.flatnonzero(alive):
-                if not np.array_equal(machine.frames.view(int(stretch.holder[i]), 1)[0], stretch.contents[i]):
-                    return False
-            zeros = ~stretch.contents.any(axis=1)
-            anon = stretch.given.get("kind", "anon") in ("anon", "ksm", "hugetlb")
-            for process, address in stretch.mappings:
-                entries = page_entries(machine, process.mm, address, len(stretch.holder))
-                right = alive & (entries >> PAGE_SHIFT == stretch.holder) & (entries & PTE_SPECIAL == 0)
-                right |= (entries & PTE_SPECIAL != 0) & zeros & (entries & PTE_HWPOISON == 0)
-                right |= entries & PTE_HWPOISON != 0        # what stood there is gone, and whoever reads it is told so
-                if not anon:
-                    right |= entries == 0           # pieces of a split file folio: faulted in again when used
-                if not right[stretch.mapped].all():
-                    return False
-        return True
+        alive = stretch.holder != 0
+        alive[alive] = self.in_use(stretch.holder[alive])
+        wrong = np.zeros(len(alive), bool)
+        for i in np.flatnonzero(alive):
+            wrong[i] = not np.array_equal(machine.frames.view(int(stretch.holder[i]), 1)[0], stretch.contents[i])
+        zeros = ~stretch.contents.any(axis=1)
+        anon = stretch.given.get("kind", "anon") in ("anon", "ksm", "hugetlb")
+        for process, address in stretch.mappings:
+            entries = page_entries(machine, process.mm, address, len(stretch.holder))
+            right = alive & (entries >> PAGE_SHIFT == stretch.holder) & (entries & PTE_SPECIAL == 0)
+            right |= (entries & PTE_SPECIAL != 0) & zeros & (entries & PTE_HWPOISON == 0)
+            right |= entries & PTE_HWPOISON != 0            # what stood there is gone, and whoever reads it is told so
+            if not anon:
+                right |= entries == 0               # pieces of a split file folio: faulted in again when used
+            wrong |= stretch.mapped & ~right
+        return wrong
 
     def in_use(self, pfns):
         """bool per frame: part of a folio that somebody holds."""

@@ -234,9 +234,11 @@ process_call = by_op({
 
 vmstat = record({}, {key: number for key in VMSTAT_NAMES})
 
+copies = record({}, {"folios": count, "batched": count, "discarded": count})
+
 folio_facts = record({}, {
     "node": count, "refcount": count, "mapcount": count, "dirty": boolean, "swapcache": boolean, "mlocked": boolean,
-    "present": boolean})
+    "present": boolean, "data_ok": boolean, "written": boolean, "joined": boolean, "copies": copies})
 
 SYSCALL = {"ret": number, "errno": or_null(errno), "vmstat": vmstat, "trace": list_of(line), "data_ok": boolean,
            "node_of": list_of(or_null(count))}
@@ -245,7 +247,7 @@ RESULTS = {
         "rc": number, "left": list_of(line), "stats": record({}, {key: count for key in STAT_NAMES}),
         "targets": record({}, {"allocated": count, "returned": count}), "nr_isolated": number, "tlb_flushes": count,
         "vmstat": vmstat, "trace": list_of(line),
-        "copies": record({}, {"folios": count, "batched": count, "discarded": count}),
+        "copies": copies,
         "folios": record({}, {}, others=folio_facts), "data_ok": boolean}),
     "move_pages": record({}, {**SYSCALL, "status": list_of(or_null(number))}),
     "migrate_pages_syscall": record({}, SYSCALL),

@@ -19,6 +19,7 @@ from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
 from offload.mm.memmap import FIRST_PFN, NO_PFN
 from offload.mm.pagetable import PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP
+from offload.scenario_copies import Copies
 from offload.scenario_format import ADDRESS, Fault
 from offload.scenario_machine import make_machine, page_entries
 from offload.scenario_trace import Steps
@@ -454,8 +455,8 @@ class Tracer:
     def __init__(self, level):
         self.level = level
 
-    def begin(self):
-        """A call begins: the events that tell it."""
+    def begin(self, started):
+        """A call begins, and list ``started`` will have it: the events that tell it."""
         self.names = {}
         for owner, areas in self.level.areas.items():
             mm = self.level.processes[owner].mm
@@ -463,7 +464,8 @@ class Tracer:
                 entries = page_entries(self.level.machine, mm, area.address, area.nr_pages)
                 for index in np.flatnonzero((entries & PTE_PRESENT != 0) & (entries & PTE_SPECIAL == 0))[::-1]:
                     self.names[int(entries[index]) >> PAGE_SHIFT] = f"{owner}:{name}+{index}"
-        self.steps = Steps(self.level.machine, self.name_of, self.level.trace)
+        self.copies = Copies(self.level.machine, started, self.name_of)
+        self.steps = Steps(self.level.machine, self.copies, self.level.trace)
         return [Event(step, self.tell) for step in STEPS]
 
     def tell(self, step, pfn):
@@ -474,6 +476,7 @@ class Tracer:
                 name = self.names.pop(self.moving + page, None)
                 if name is not None:
                     self.names[pfn + page] = name
+        self.copies.tell(step, pfn)
         self.steps.tell(step, pfn)
 
     def end(self, result):

@@ -184,6 +184,7 @@ class Reference:
         self.protocol = None if self.offload is None else self.offload.get("protocol", "v6")
         self.versions = itertools.count(1)
         self.lru_batch = []
+        self.written = set()            # names of folios into which a holder of references has written
         self.named = []
         self.list = []
         for given in scenario["folios"]:
@@ -272,6 +273,7 @@ class Reference:
             self.take_extra_refs(f)
         if f.will_write and f.refs_held:
             f.will_write = False
+            self.written.add(f.name)
             f.contents = [next(self.versions) for _ in f.contents]
             f.named.written[f.first:f.first + f.nr] = f.contents
 
@@ -312,7 +314,7 @@ class Reference:
         """A target that is not used: handed back, and the copy in it with it."""
         self.returned += 1
         if dst.has_copy:
-            self.copies["discarded"] += 1
+            self.count_copy("discarded", dst)
         self.put(dst)
 
     # --- the reverse map (section 16) -------------------------------------------------------------------------
@@ -437,7 +439,7 @@ class Reference:
         mode, self.reason = call.get("mode", ASYNC), call.get("reason", "compaction")
         self.target, self.pf_memalloc = call.get("target", 1), call.get("pf_memalloc", False)
         self.allocated = self.returned = self.tlb_flushes = self.nr_isolated = 0
-        self.copies = {"folios": 0, "batched": 0, "discarded": 0}
+        self.copies, self.by_name = {"folios": 0, "batched": 0, "discarded": 0}, {}
         st = Stats()
         rc = self.migrate_pages(self.list, mode, st)
         words = f"mode={mode} reason={self.reason}"
@@ -453,13 +455,17 @@ class Reference:
                       f"nr_thp_succeeded={st.nr_thp_succeeded} nr_thp_failed={st.nr_thp_failed} "
                       f"nr_thp_split={st.nr_thp_split} nr_split={st.nr_split} {words}"],
             "folios": {f.name: self.facts(f) for named in self.named for f in named.folios if f.refcount > 0},
-            "data_ok": all(f.contents == named.written[f.first:f.first + f.nr]
-                           for named in self.named for f in named.folios if f.refcount > 0)}
+            "data_ok": all(self.is_right(f) for named in self.named for f in named.folios if f.refcount > 0)}
+
+    @staticmethod
+    def is_right(f):
+        return f.contents == f.named.written[f.first:f.first + f.nr]
 
     def facts(self, f):
         return {"node": f.node, "refcount": f.refcount, "mapcount": f.mapcount, "dirty": f.dirty,
                 "swapcache": f.swapcache, "mlocked": f.mlocked,
-                "present": not (f.pmd_entries or any(f.pte_entries) or f.poisoned_entries)}
+                "present": not (f.pmd_entries or any(f.pte_entries) or f.poisoned_entries),
+                "data_ok": self.is_right(f), "written": f.name in self.written, **self.of(f)}
 
     def migrate_pages(self, from_, mode, st):
         """migrate_pages() (section 4). What is left stays on ``from_``."""
@@ -629,6 +635,8 @@ class Reference:
                 if rc == 0:
                     from_.remove(f)
                     (batch_list if offload and self.eligible(f) else single_list).append((f, dst))
+                    if batch_list and batch_list[-1][0] is f:
+                        self.of(f)["joined"] = True
                 elif rc == -EAGAIN:
                     retry += 1
                     thp_retry += thp
@@ -740,7 +748,7 @@ class Reference:
             rc = self.folio_mc_copy(dst, src, detects_poison=self.offload.get("migrator") != "dcbm")
             if rc:
                 break
-            self.copies["batched"] += 1
+            self.count_copy("batched", src)
             copied.append(dst)
         if fails:
             rc = -EIO
@@ -933,11 +941,19 @@ class Reference:
         if src.copy_error and detects_poison:
             return -EHWPOISON
         if dst.has_copy:
-            self.copies["discarded"] += 1
+            self.count_copy("discarded", src)
         dst.has_copy = True
         dst.contents = list(src.contents)
-        self.copies["folios"] += 1
+        self.count_copy("folios", src)
         return 0
+
+    def of(self, f):
+        """What the call's result says of the batch copy of one folio."""
+        return self.by_name.setdefault(f.name, {"joined": False, "copies": {"folios": 0, "batched": 0, "discarded": 0}})
+
+    def count_copy(self, what, f):
+        self.copies[what] += 1
+        self.of(f)["copies"][what] += 1
 
     def folio_migrate_mapping(self, dst, src):
         """__folio_migrate_mapping() (section 13). The freeze cannot fail: nobody else runs here."""

@@ -342,10 +342,10 @@ def move_phase(mem, call):
                 c.i += 1
                 continue
             if c.move_at == 0:
+                if mem.folios[src].others:          # here the second time, after an event, it has nothing left to do
+                    others_before_move(mem, src)
                 if step_before(call, STEP_MOVE, src):
                     return STOP_STEP
-                if mem.folios[src].others:
-                    others_before_move(mem, src)
             nr_pages = np.int64(1) << mem.folios[src].order
             thp = is_thp(mem, src)
             prefetch_pair(mem, call)

@@ -14,7 +14,7 @@ from offload.jit import jit
 from offload.migrate.state import batch_counts_as_copied, folio_set_content_copied
 from offload.mm.frames import folios_mc_copy, frame_address
 from offload.mm.memmap import FRAMES_TOGETHER
-from offload.units import PAGE_SIZE, PROTOCOL_V6
+from offload.units import PAGE_SIZE
 
 __all__ = ("batch_copy_needs_migrator", "mark_copied_folios")
 
@@ -30,8 +30,7 @@ def batch_copy_needs_migrator(mem, call):
     c.batch_copied = 0
     if c.nr_batch == 0:
         return False
-    if c.protocol != PROTOCOL_V6:
-        call.pair_done[:c.nr_batch] = 0             # kept from the batch before, see mark_copied_folios()
+    call.pair_done[:c.nr_batch] = 0                 # kept from the batch before
     if frame_address(mem, call.pair_dst[0]) == 0:
         call.pair_done[:c.nr_batch] = 1
         c.batch_copy_failed = 0
@@ -66,8 +65,6 @@ def mark_copied_folios(mem, call):
         if call.pair_done[i]:
             if call.pair_done[i] != WRITTEN_UNMARKED:
                 folio_set_content_copied(mem, c.protocol, call.pair_dst[i])
-            if c.protocol == PROTOCOL_V6:
-                call.pair_done[i] = 0
             c.copied_folios += 1
             c.batched_folios += 1
             if frame_address(mem, call.pair_dst[i]):

@@ -230,10 +230,10 @@ def hugetlb_move(mem, call, dst, src):
     """
     c = call.state[0]
     if c.hugetlb_at == HUGETLB_UNMAPPED:
-        if step_before(call, STEP_MOVE, src):
-            return np.int64(STOP_STEP)
         if mem.folios[src].others:
             others_before_move(mem, src)
+        if step_before(call, STEP_MOVE, src):
+            return np.int64(STOP_STEP)
         if mem.folios[src].page_flags & PG_hwpoison and mem.sys[0].rule_set >= RULES_MM_NEXT:   # found bad meanwhile
             return np.int64(-EHWPOISON)
         c.hugetlb_at = HUGETLB_COPY
