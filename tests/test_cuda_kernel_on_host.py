@@ -1,5 +1,5 @@
-"""copy_folios.cu on the CPU: the very source, compiled by g++ with a small shim, under address and undefined-behaviour
-sanitizers, byte for byte against NumPy. And compiled for real devices, by nvcc and by NVRTC, without one.
+"""copy_folios.cu and checksum_pages.cu on the CPU: the very sources, compiled by g++ with a small shim, under address and
+undefined-behaviour sanitizers, byte for byte against NumPy. And compiled for real devices, by nvcc and by NVRTC, without one.
 
 Proves indices, bounds, widths and that it compiles without spills; not races, coalescing, the assembly or any speed.
 """
@@ -17,10 +17,12 @@ from kernel_conformance import GUARD_FRAMES, HostArena, KernelConformance
 import offload.kernels.cuda_plan
 from offload.errors import EngineUnavailable
 from offload.kernels.base import FRAME_SIZE, MAX_ORDER, CopyPlan
+from offload.kernels.checksum import checksum_pages
 from offload.kernels.cuda import compile_kernel
 from offload.kernels.cuda_plan import lay_out
 
 SOURCE = pathlib.Path(offload.kernels.cuda_plan.__file__).with_name("copy_folios.cu")
+KERNELS = ("copy_folios", "checksum_pages")
 HOST = pathlib.Path(__file__).parent / "cuda_host"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -81,15 +83,24 @@ class Arena(HostArena):
         return self._bytes[GUARD_FRAMES:-GUARD_FRAMES]
 
 
+def compile_for_here(name, program):
+    compiled = subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-g", *SANITIZERS, "-Wall", "-Wextra", "-Werror", "-include", HOST / "shim.h",
+         "-I", SOURCE.parent, HOST / f"run_{name}.cpp", "-o", program], capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    return program
+
+
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
     """The kernel compiled for this machine, with sanitizers."""
-    program = tmp_path_factory.mktemp("copy_folios") / "run"
-    compiled = subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-g", *SANITIZERS, "-Wall", "-Wextra", "-Werror", "-include", HOST / "shim.h",
-         "-I", SOURCE.parent, HOST / "run_copy_folios.cpp", "-o", program], capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    return program
+    return compile_for_here("copy_folios", tmp_path_factory.mktemp("copy_folios") / "run")
+
+
+@pytest.fixture(scope="session")
+def checksum_program(tmp_path_factory):
+    """The same of checksum_pages.cu."""
+    return compile_for_here("checksum_pages", tmp_path_factory.mktemp("checksum_pages") / "run")
 
 
 @needs_compiler
@@ -171,17 +182,73 @@ class TestTheSanitizer:
         assert process.process.returncode and b"heap-buffer-overflow" in errors
 
 
+@needs_compiler
+class TestChecksum:
+    """checksum_pages() gives the number of its NumPy twin, whatever the grid, for each page of the list and no others."""
+
+    @staticmethod
+    def run(program, grid, pages, frames, first_page=0):
+        words = np.array([*grid, len(pages), frames.nbytes, first_page], np.uint64)
+        message = b"".join(part.tobytes() for part in (words, np.asarray(pages, np.uint32), frames))
+        return subprocess.run([program], input=message, capture_output=True)
+
+    @pytest.mark.parametrize("grid", [(1, 32), (1, 256), (7, 96), (64, 32)])
+    @pytest.mark.parametrize("first_page", [0, 2**32 - 40])
+    def test_twins(self, checksum_program, grid, first_page):
+        rng = np.random.default_rng(grid[0])
+        frames = random_pages(rng, 40)
+        frames[3], frames[4] = 0, 255
+        rows = rng.permutation(40)[:29]
+        done = self.run(checksum_program, grid, rows + first_page, frames, first_page)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert np.array_equal(np.frombuffer(done.stdout, np.uint64), checksum_pages(frames, rows))
+
+    def test_no_pages(self, checksum_program):
+        done = self.run(checksum_program, (1, 32), [], random_pages(np.random.default_rng(1), 1))
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    def test_a_page_beyond(self, checksum_program):
+        done = self.run(checksum_program, (1, 32), [0, 2], random_pages(np.random.default_rng(1), 2))
+        assert done.returncode and b"heap-buffer-overflow" in done.stderr
+
+    def test_known(self):
+        """The number may not change unnoticed: the definition, word for word, in Python's integers."""
+        page = random_pages(np.random.default_rng(3), 1)
+        total, most = 0, 2**64 - 1
+        for place, word in enumerate(page.view("<u8")[0].tolist()):
+            x = word + (place + 1) * 0x9E3779B97F4A7C15 & most
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & most
+            x = (x ^ x >> 27) * 0x94D049BB133111EB & most
+            total = total + (x ^ x >> 31) & most
+        assert checksum_pages(page).tolist() == [total]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 class TestForDevices:
-    """It compiles for the devices of a data centre, without spilling registers. Nothing is run there."""
+    """They compile for the devices of a data centre, without spilling registers. Nothing is run there."""
 
     @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_nvcc(self, architecture, tmp_path):
+    def test_nvcc(self, architecture, tmp_path, name):
         done = subprocess.run(["nvcc", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin", "-o",
-                               tmp_path / "copy_folios.cubin", SOURCE], capture_output=True, text=True)
+                               tmp_path / "kernel.cubin", SOURCE.with_name(f"{name}.cu")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr, done.stderr
         assert int(re.search(r"Used (\d+) registers", done.stderr)[1]) <= MOST_REGISTERS
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_nvrtc(self, architecture, name):
+        try:
+            cubin, log = compile_kernel(architecture, "--ptxas-options=-v", name=name)
+        except EngineUnavailable as error:
+            pytest.skip(str(error))
+        assert cubin.startswith(b"\x7fELF") and name.encode() in cubin
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
+        assert int(re.search(r"Used (\d+) registers", log)[1]) <= MOST_REGISTERS
+
+
+class TestTheCompilers:
+    """What comes out of the copy kernel, and what NVRTC says that it cannot."""
 
     @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
     def test_the_payload_goes_past_the_read_only_path(self, tmp_path):
@@ -193,16 +260,6 @@ class TestForDevices:
         assert loads.count("ld.global.L1::no_allocate.v4.u32") == 8 and ptx.count("st.global.cs.v4.u32") == 8
         assert [load for load in loads if ".nc" in load] == ["ld.global.nc.v2.u32"]         # the list of pairs
         assert ptx.rindex("ld.global.L1") < ptx.index("st.global") and "bar.sync" not in ptx and ".shared" not in ptx
-
-    @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_nvrtc(self, architecture):
-        try:
-            cubin, log = compile_kernel(architecture, "--ptxas-options=-v")
-        except EngineUnavailable as error:
-            pytest.skip(str(error))
-        assert cubin.startswith(b"\x7fELF") and b"copy_folios" in cubin
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, log
-        assert int(re.search(r"Used (\d+) registers", log)[1]) <= MOST_REGISTERS
 
     def test_nvrtc_says_what_it_cannot(self):
         with pytest.raises(EngineUnavailable) as refused:
