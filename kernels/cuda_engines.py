@@ -31,7 +31,7 @@ from offload.kernels.cuda_driver import (
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, MOST_DESCRIPTORS, CudaError,
 )
-from offload.kernels.cuda_plan import lay_out, merge_runs, split_chunks, split_evenly
+from offload.kernels.cuda_plan import TooFarApart, lay_out, merge_runs, split_chunks, split_evenly
 from offload.kernels.ranges import named_range
 from offload.units import EIO, ENODEV
 
@@ -210,7 +210,10 @@ class Kernel:
         slot = next((slot for slot in self.slots if not slot.used), None)
         if slot is None:
             return None
-        launch = lay_out(plan, check=self.options.check)
+        try:
+            launch = lay_out(plan, check=self.options.check)
+        except TooFarApart:                         # several memories on one side of a batch: the other ways can
+            return None
         if launch.nr_items:
             slot.write(launch.pairs)
         slot.used = True

@@ -12,11 +12,15 @@ import numpy as np
 from offload.errors import InvalidInput
 from offload.kernels.base import FRAME_SHIFT, FRAME_SIZE, MAX_ORDER, refuse_overlap
 
-__all__ = ("Runs", "Launch", "merge_runs", "lay_out", "split_evenly", "split_chunks", "FOLIO_BATCH_DTYPE")
+__all__ = ("Runs", "Launch", "merge_runs", "lay_out", "split_evenly", "split_chunks", "TooFarApart", "FOLIO_BATCH_DTYPE")
 
 FOLIO_BATCH_DTYPE = np.dtype([("first_item", np.uint64, MAX_ORDER + 2), ("first_pair", np.uint32, MAX_ORDER + 1),
                               ("zero", np.uint32)])
 """``struct folio_batch`` of copy_folios.cu."""
+
+
+class TooFarApart(InvalidInput):
+    """Frames of one batch that 32 bits cannot number."""
 
 
 class Runs(NamedTuple):
@@ -122,6 +126,6 @@ def _rebase(what, base, frames):
     lowest = int(frames.min())
     frames = frames - lowest
     if int(frames.max()) >= 2**32:
-        raise InvalidInput(f"{what} frames {lowest} to {lowest + int(frames.max())} of one batch are 16 TiB or more apart; "
+        raise TooFarApart(f"{what} frames {lowest} to {lowest + int(frames.max())} of one batch are 16 TiB or more apart; "
                            f"copy them in several batches")
     return (int(base) + (lowest << FRAME_SHIFT)) % 2**64, frames

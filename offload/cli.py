@@ -155,6 +155,7 @@ def migrate(
         file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="What offload snapshot wrote.")] = None,
         pid: Annotated[str | None, typer.Option(metavar="PID|self", help="A running process instead.")] = None,
         engine: Annotated[str, typer.Option(help="Who copies; see offload engines.")] = "batch+stream",
+        nodes: Annotated[str, typer.Option(help="Where each node's frames lie: host, pinned or device, such as pinned,device.")] = "host,host",
         move_all: Annotated[bool, typer.Option("--move-all", help="Move pages that other processes map too "
                                                                   "(MPOL_MF_MOVE_ALL).")] = False,
         batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline.")] = 512,
@@ -169,7 +170,7 @@ def migrate(
     Exit status 1 if a page that was moved or left does not verify.
     """
     from offload.workload.job import migrate_job
-    return migrate_job(file=file, pid=pid, engine=engine, move_all=move_all, batch_pages=batch_pages, protocol=protocol,
+    return migrate_job(file=file, pid=pid, engine=engine, nodes=nodes, move_all=move_all, batch_pages=batch_pages, protocol=protocol,
                        layout_only=layout_only, validate=validate, json=json)
 
 

@@ -26,7 +26,7 @@ __all__ = (
     "MR_MEMPOLICY_MBIND", "MR_NUMA_MISPLACED", "MR_CONTIG_RANGE", "MR_LONGTERM_PIN", "MR_DEMOTION", "MR_DAMON",
     "RULES_6_12", "RULES_7_3", "RULES_MM_NEXT", "RULE_SETS",
     "PROTOCOLS", "PROTOCOL_V6", "PROTOCOL_V5", "PROTOCOL_FLAGS", "PROTOCOL_V4", "parse_protocol",
-    "parse_size", "format_size", "parse_unsigned", "parse_mode", "parse_reason", "PLACEMENTS", "parse_placement",
+    "parse_size", "format_size", "parse_unsigned", "parse_mode", "parse_reason", "PLACEMENTS", "parse_placement", "parse_nodes", "check_nodes",
 )
 
 PAGE_SHIFT = 12
@@ -172,6 +172,24 @@ def parse_placement(text):
     if text not in PLACEMENTS:
         raise InvalidInput(f"placement {text!r} is not known here; use one of: {', '.join(PLACEMENTS)}")
     return text
+
+
+def parse_nodes(text):
+    """The placements of both nodes, from a text such as ``"pinned,device"``."""
+    nodes = tuple(word.strip() for word in str(text).split(","))
+    if len(nodes) != 2:
+        raise InvalidInput(f"nodes {text!r} are not two placements; write two of host, pinned (memory that a GPU reaches) and device (its "
+                           f"own) with a comma between, or nowhere,nowhere for metadata alone")
+    check_nodes(nodes)
+    return nodes
+
+
+def check_nodes(nodes):
+    """InvalidInput unless ``nodes`` are placements that one machine can have."""
+    for placement in nodes:
+        parse_placement(placement)
+    if "nowhere" in nodes and len(set(nodes)) > 1:
+        raise InvalidInput(f"nodes {','.join(nodes)} cannot be mixed: one has bytes and the other none; use nowhere,nowhere, or host,host")
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

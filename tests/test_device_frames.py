@@ -535,6 +535,62 @@ def lose_in_migration(world, stub, pfns, name, at):
     return lost.value
 
 
+def snapshot_of(pages):
+    """A snapshot of a process with ``pages`` pages of random bytes, in folios of four pages."""
+    from offload.workload import snapshot as snap
+    vmas = (snap.SnapshotVma(start=1 << 21, end=2 << 21, prot="rw", shared=False, offset=0, path="", inode=0, device="00:00", flags=(),
+                             kind="anon"),)
+    folios = np.zeros(pages // 4, snap.FOLIO_DTYPE)
+    at = np.arange(pages // 4)
+    folios["va"], folios["page"], folios["folio"], folios["order"] = (1 << 21) + at * 4 * PAGE_SIZE, at * 4, at, 2
+    folios["nr_mapped"], folios["mapcount"], folios["bits"] = 4, 1, snap.FOLIO_ANON
+    data = np.frombuffer(random_bytes(pages * PAGE_SIZE, 5), np.uint8).reshape(pages, PAGE_SIZE).copy()
+    return snap.Snapshot(pid=1, comm="far", taken="", kernel="", vmas=vmas, folios=folios, data=data, nr_pages=pages, vm_pin_kib=0,
+                         folio_sizes_known=True)
+
+
+class TestMigrateProcess:
+    """`offload migrate` over every pair: a process is rebuilt in one memory, moved to the other and verified."""
+
+    @pytest.mark.parametrize("nodes, name", [("device,device", "cuda-kernel"), ("pinned,device", "cuda-batch"), ("device,host", "vanilla"),
+                                             ("host,device", "cuda-loop:2"), ("host,pinned", "mt:2"), ("device,pinned", "batch")])
+    def test_verifies(self, nodes, name):
+        from offload.workload.migrate_process import move_process, result_of
+        from offload.workload.rebuild import rebuild
+        rebuilt = rebuild(snapshot_of(64), nodes=tuple(nodes.split(",")), poison=True)
+        result = result_of(move_process(rebuilt, parse_engine(name), validate=True))
+        assert result["verified"] and result["pages_moved"] == 64 and result["verified_what"] == "checksums and placement, books"
+        assert result["manifest"]["nodes"] == nodes.split(",")
+
+    def test_a_wrong_byte_is_found(self):
+        from offload.workload.migrate_process import move_process
+        from offload.workload.rebuild import rebuild
+        rebuilt = rebuild(snapshot_of(16), nodes=("device", "device"))
+        (pfn, *_) = rebuilt.machine.folios_of(rebuilt.process, 1 << 21, PAGE_SIZE).tolist()
+        byte = rebuilt.machine.frames.read(pfn, 1)[0, 77]
+        rebuilt.machine.frames.write(pfn, bytes([byte ^ 1]), 77)
+        assert move_process(rebuilt, parse_engine("vanilla")).bad.tolist() == [True] + [False] * 15
+
+    @pytest.mark.parametrize("options, why", [
+        (("--nodes", "device,device"), "CPU does not reach"), (("--nodes", "moon,host"), "moon"), (("--nodes", "host"), "two placements"),
+        (("--nodes", "pinned,pinned", "--engine", "vanilla", "--layout-only"), "a layout has none"),
+        (("--nodes", "host,host", "--engine", "cuda-batch"), "out of its reach")])
+    def test_refusals(self, capsys, options, why):
+        from offload.cli import main
+        assert main(["migrate", "--pid", "self", *options]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and why in said.err and said.err.count("\n") == 1
+
+    def test_the_command(self, capsys, tmp_path):
+        from offload.cli import main
+        from offload.workload import snapshot as snap
+        path = tmp_path / "far.snapshot"
+        snap.save(snapshot_of(64), path)
+        assert main(["migrate", str(path), "--nodes", "pinned,device", "--engine", "cuda-kernel", "--validate"]) == 0
+        said = capsys.readouterr().out
+        assert "\nnodes pinned,device\n" in said and "verified  checksums and placement, books" in said
+
+
 class TestMover:
     """Single operations on a stream."""
 

@@ -10,7 +10,7 @@ import pathlib
 from offload.engines import Engine, parse_engine
 from offload.errors import InvalidInput
 from offload.units import (
-    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, format_size, parse_mode, parse_placement,
+    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, check_nodes, format_size, parse_mode, parse_nodes,
     parse_protocol, parse_size,
 )
 
@@ -117,24 +117,6 @@ def parse_order(text):
     if isinstance(text, bool) or not (word.isascii() and word.isdigit()) or not 0 <= int(word) <= HPAGE_PMD_ORDER:
         raise InvalidInput(f"order {text!r} is out of range; orders are 0 (4K) to {HPAGE_PMD_ORDER} (2M)")
     return int(word)
-
-
-def parse_nodes(text):
-    """The placements of both nodes, from a text such as ``"pinned,device"``."""
-    nodes = tuple(word.strip() for word in str(text).split(","))
-    if len(nodes) != 2:
-        raise InvalidInput(f"nodes {text!r} are not two placements; write two of host, pinned (memory that a GPU reaches) and device (its "
-                           f"own) with a comma between, or nowhere,nowhere for metadata alone")
-    check_nodes(nodes)
-    return nodes
-
-
-def check_nodes(nodes):
-    """InvalidInput unless ``nodes`` are placements that one machine can have."""
-    for placement in nodes:
-        parse_placement(placement)
-    if "nowhere" in nodes and len(set(nodes)) > 1:
-        raise InvalidInput(f"nodes {','.join(nodes)} cannot be mixed: one has bytes and the other none; use nowhere,nowhere, or host,host")
 
 
 def check_device(config):

@@ -8,20 +8,26 @@ import os
 from offload.engines import parse_engine
 from offload.errors import InvalidInput
 from offload.report import console, json_target, write_json
-from offload.units import PAGE_SIZE, format_size, parse_protocol
+from offload.units import PAGE_SIZE, format_size, parse_nodes, parse_protocol
 from offload.workload import snapshot as snap
 from offload.workload.live import read_process
 
 __all__ = ("migrate_job", "snapshot_job")
 
 
-def migrate_job(*, file, pid, engine, move_all, batch_pages, protocol, layout_only, validate, json):
+def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, layout_only, validate, json):
     """`offload migrate`; the exit status: 0 if every page that was moved or left verifies, else 1."""
     if (file is None) == (pid is None):
         raise InvalidInput("give either --pid PID or a FILE that offload snapshot wrote, and not both")
     pid = parse_pid(pid) if pid is not None else None
-    engine = parse_engine(engine)
-    engine.check_nodes(("host", "host"))
+    nodes = parse_nodes(nodes)
+    if layout_only:
+        check_layout_only(nodes)
+    engine = parse_engine(engine, nodes)
+    engine.check_nodes(nodes)
+    if set(nodes) & {"pinned", "device"}:
+        from offload.kernels.cuda import open_device
+        open_device()                               # the reason first, not after compiling
     if batch_pages < 1:
         raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
     parse_protocol(protocol)
@@ -38,9 +44,11 @@ def migrate_job(*, file, pid, engine, move_all, batch_pages, protocol, layout_on
             snapshot = snap.load(file)
             if layout_only:
                 snapshot = without_bytes(snapshot)
-    announce_compiling(engine)
+    if snapshot.layout_only:
+        check_layout_only(nodes)
+    announce_compiling(engine, nodes)
     with progress_bar() as step:
-        rebuilt = rebuild(snapshot, batch_pages=batch_pages, protocol=protocol, copy_kernel=engine.copy_kernel,
+        rebuilt = rebuild(snapshot, nodes=nodes, batch_pages=batch_pages, protocol=protocol, copy_kernel=engine.path_kernel,
                           progress=step("rebuilding"))
         moved = move_process(rebuilt, engine, move_all=move_all, validate=validate)
     result = result_of(moved)
@@ -49,6 +57,12 @@ def migrate_job(*, file, pid, engine, move_all, batch_pages, protocol, layout_on
     if json:
         write_json(json, result)
     return 0 if moved.verified else 1
+
+
+def check_layout_only(nodes):
+    """InvalidInput where memory is asked for and there are no bytes to put there."""
+    if nodes != ("host", "host"):
+        raise InvalidInput(f"--nodes {','.join(nodes)} is for bytes, and a layout has none; leave it out, or take the bytes along")
 
 
 def snapshot_job(*, pid, output, layout_only):

@@ -14,7 +14,8 @@ import numpy as np
 
 from offload.errors import BrokenInvariant
 from offload.jit import COMPILE_S, JIT_DISABLED, cache_folder, exit_on_interrupt
-from offload.mm.memmap import FIRST_PFN, PG_locked, PG_swapcache, PG_writeback
+from offload.kernels.checksum import checksum_pages
+from offload.mm.memmap import FIRST_PFN, FRAMES_TOGETHER, PG_locked, PG_swapcache, PG_writeback
 from offload.syscalls import NOT_WRITTEN
 from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_size
 from offload.workload import snapshot as snap
@@ -182,13 +183,24 @@ def _wrong_pages(rebuilt, status, orders):
     bad |= (nodes == -1) & ((orders == 0) | (rebuilt.pages.kind != KINDS.index("anon")))
     snapshot, machine = rebuilt.snapshot, rebuilt.machine
     if not snapshot.layout_only and len(pfns):
-        frames = machine.frames.view(FIRST_PFN, machine.frames.nbytes // PAGE_SIZE).view(np.uint64)
-        data = snapshot.data.view(np.uint64)
-        data.setflags(write=False)
-        same = np.zeros(len(pfns), np.uint8)
-        compare_pages(frames, pfns, data, rebuilt.pages.row.copy(), same)
-        bad |= same == 0
+        bad |= ~_same_bytes(machine.frames, pfns, snapshot.data, rebuilt.pages.row.copy())
     return bad
+
+
+def _same_bytes(frames, pfns, data, rows):
+    # Whether each frame (-1: the zero page) holds its row of data. Where the nodes lie apart that is told by checksums, which
+    # are made where the frames lie.
+    if frames.kind == FRAMES_TOGETHER:
+        words = frames.view(FIRST_PFN, frames.nbytes // PAGE_SIZE).view(np.uint64)
+        expected = data.view(np.uint64)
+        expected.setflags(write=False)
+        same = np.zeros(len(pfns), np.uint8)
+        compare_pages(words, pfns, expected, rows, same)
+        return same != 0
+    same, here, zero = np.zeros(len(pfns), bool), pfns > 0, pfns < 0
+    same[here] = frames.checksums(pfns[here]) == checksum_pages(data, rows[here])
+    same[zero] = ~data[rows[zero]].any(axis=1)
+    return same
 
 
 def _validate(machine, wanted):
@@ -267,10 +279,12 @@ def result_of(moved):
             "threads": engine.threads, "batch_pages": rebuilt.machine.config.batch_pages, "mode": "MIGRATE_SYNC",
             "protocol": rebuilt.machine.config.protocol, "reason": "syscall_or_cpuset", "move_all": moved.move_all,
             "read_ns": snapshot.read_ns,
+            "nodes": [node.placement for node in rebuilt.machine.config.nodes],
         },
         **pages,
         "verified": moved.verified,
-        "verified_what": ("placement" if snapshot.layout_only else "bytes and placement") + (
+        "verified_what": ("placement" if snapshot.layout_only else
+                          "bytes and placement" if rebuilt.machine.frames.kind == FRAMES_TOGETHER else "checksums and placement") + (
             ", books" if moved.validated else ""),
         "bad_addresses": [hex(address) for address in rebuilt.pages.address[bad[:64]].tolist()],
         "bad_pages": len(bad),
@@ -310,6 +324,8 @@ def print_result(result, out):
          f"{manifest['threads']} thread{'s' * (manifest['threads'] > 1)}, batch limit {manifest['batch_pages']} pages; "
          f"protocol {manifest['protocol']}, MIGRATE_SYNC, {manifest['reason']}, "
          f"{'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
+    if manifest["nodes"][0] != manifest["nodes"][1] or manifest["nodes"][0] not in ("host", "nowhere"):
+        show(f"nodes {','.join(manifest['nodes'])}")
     if manifest["note"]:
         show(manifest["note"])
     show("")
@@ -368,14 +384,14 @@ def _ms(ns):
 
 # --- waiting -------------------------------------------------------------------------------------------------
 
-def announce_compiling(engine):
+def announce_compiling(engine, nodes):
     """Compile what the job needs, if need be with a line on standard error: a tiny process goes all the way."""
     mark = None if JIT_DISABLED else cache_folder() / "warm-migrate"
     if mark is not None and not mark.exists():
         print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
     with exit_on_interrupt():
         for nr_pages in (1, 65):                    # fewer folios than threads, and more
-            move_process(rebuild(_tiny_snapshot(nr_pages)), engine, move_all=True)
+            move_process(rebuild(_tiny_snapshot(nr_pages), nodes=nodes), engine, move_all=True)
     if mark is not None:
         mark.touch()
 

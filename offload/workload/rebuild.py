@@ -30,11 +30,10 @@ import numpy as np
 
 from offload.errors import OutOfMemory
 from offload.jit import jit, jit_entry
-from offload.kernels.cpu import copy_bytes
 from offload.machine import Machine, MachineConfig, NodeConfig
 from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio
 from offload.mm.fault import change_protection, lookup_page
-from offload.mm.frames import POISON, frame_address, zero_frames
+from offload.mm.frames import POISON, copy_memory, frame_address, zero_frames
 from offload.mm.hugetlb import set_huge_pte
 from offload.mm.memmap import (
     AOPS_FILEMAP, AOPS_MIGRATE_FOLIO, FIRST_PFN, FOLIO_DTYPE as MEMMAP_DTYPE, MAPPING_FILE, MAPPING_HUGETLB, MAPPING_SHMEM, NO_PFN,
@@ -120,10 +119,11 @@ class Rebuilt:
         return len(self.pages) + sum(one.pages for one in self.skipped)
 
 
-def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", copy_kernel="plain", poison=False, progress=None):
+def rebuild(snapshot, *, nodes=("host", "host"), batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", copy_kernel="plain", poison=False,
+            progress=None):
     """Build a machine of two nodes and the process of ``snapshot`` on node 0 of it: a `Rebuilt`.
 
-    A layout-only snapshot gives a machine of placement "nowhere". ``batch_pages``, ``protocol``, ``copy_kernel`` and ``poison`` as in
+    ``nodes``: the placements of the two; a layout-only snapshot gives a machine of placement "nowhere". ``batch_pages``, ``protocol``, ``copy_kernel`` and ``poison`` as in
     MachineConfig. ``progress(done_pages, total_pages)`` is called now and then.
 
     The snapshot must be consistent, as load() and read_process() have checked. OutOfMemory if the two nodes, which both get
@@ -133,7 +133,7 @@ def rebuild(snapshot, *, batch_pages=NR_MAX_BATCHED_MIGRATION, protocol="v6", co
     runs = _runs(snapshot, skipped)
     plan = _plan_folios(snapshot, runs, skipped)
     nr_pages = int((np.int64(1) << plan.folios.order).sum())
-    machine = _machine(snapshot, nr_pages, np.count_nonzero(plan.folios.kind == HUGETLB), poison=poison, batch_pages=batch_pages,
+    machine = _machine(snapshot, nodes, nr_pages, np.count_nonzero(plan.folios.kind == HUGETLB), poison=poison, batch_pages=batch_pages,
                        protocol=protocol, copy_kernel=copy_kernel)
     process = machine.process(snapshot.comm or f"pid {snapshot.pid}")
     _map_vmas(machine, process, snapshot, plan)
@@ -507,21 +507,22 @@ def _of(values, numbers):
 
 # --- building it ---------------------------------------------------------------------------------------------
 
-def _machine(snapshot, nr_pages, hugepages, **fields):
+def _machine(snapshot, nodes, nr_pages, hugepages, **fields):
     block = 1 << MAX_PAGE_ORDER
     node_pages = -(-(nr_pages + nr_pages // 16) // block) * block + 2 * block
     need = 2 * node_pages * MEMMAP_DTYPE.itemsize
     if not snapshot.layout_only:
-        need += 2 * nr_pages * PAGE_SIZE
+        need += sum(placement != "device" for placement in nodes) * nr_pages * PAGE_SIZE
     available = snap.available_bytes()
     if available is not None and need > available:
         remedy = ("free some memory, or use --layout-only" if not snapshot.layout_only else
                   "free some memory")
         raise OutOfMemory(f"two nodes for the {format_size(nr_pages * PAGE_SIZE)} of pid {snapshot.pid} need "
                           f"{format_size(need)} and {format_size(available)} are available; {remedy}")
-    placement = "nowhere" if snapshot.layout_only else "host"
-    return Machine(MachineConfig(nodes=(NodeConfig(node_pages, placement=placement, hugepages=int(hugepages)),
-                                        NodeConfig(node_pages, placement=placement)), **fields))
+    if snapshot.layout_only:
+        nodes = ("nowhere", "nowhere")
+    return Machine(MachineConfig(nodes=(NodeConfig(node_pages, placement=nodes[0], hugepages=int(hugepages)),
+                                        NodeConfig(node_pages, placement=nodes[1])), **fields))
 
 
 def _map_vmas(machine, process, snapshot, plan):
@@ -611,7 +612,7 @@ def _fault_in_hugetlb(machine, process, snapshot, plan):
         if folio.dirty:
             machine.mem.folios.page_flags[folio.pfn] |= PG_dirty
         if not snapshot.layout_only:
-            machine.frames.view(int(folio.pfn), HPAGE_PMD_NR)[:] = snapshot.data[run.row:run.row + HPAGE_PMD_NR]
+            machine.frames.write(int(folio.pfn), snapshot.data[run.row:run.row + HPAGE_PMD_NR].reshape(-1))
 
 
 def _merge(machine, plan):
@@ -635,11 +636,14 @@ def _build(machine, process, snapshot, plan, nr_pages, progress):
     at = 0
     while at < len(folios):
         end = max(int(np.searchsorted(done, (done[at - 1] if at else 0) + _PIECE_PAGES)), at + 1)
+        machine.reserve_frame_ops(2 * (end - at) + int(folios.nr_runs[at:end].sum()))
         reached = build_folios(machine.table, folios, at, min(end, len(folios)), runs, data, 0)
         if reached < min(end, len(folios)):
             raise OutOfMemory(f"node 0 of {machine.mem.nodes.nr_pages[0]} pages has no room for folio {reached} of order "
                               f"{folios.order[reached]}; please report this")
         at = reached
+        if machine.frames is not None:
+            machine.frames.drain()
         if progress is not None:
             progress(int(done[at - 1]), nr_pages)
 
@@ -652,7 +656,7 @@ def _touch(machine, nr_pages):
     node = machine.mem.nodes[1]
     nr_pages = min(nr_pages + (1 << MAX_PAGE_ORDER), int(node.nr_pages))
     for at in range(0, nr_pages, _PIECE_PAGES):
-        machine.frames.view(int(node.start_pfn) + at, min(_PIECE_PAGES, nr_pages - at))[:] = POISON
+        machine.frames.fill(int(node.start_pfn) + at, min(_PIECE_PAGES, nr_pages - at), POISON)
 
 
 def _share(machine, process, plan):
@@ -789,8 +793,8 @@ def build_folios(mem_table, folios, first, last, runs, data, nid):
         for r in range(plan.first_run, plan.first_run + plan.nr_runs):
             run = runs[r]
             if data:
-                copy_bytes(0, frame_address(mem, pfn) + (run.first_page << PAGE_SHIFT), data + (run.row << PAGE_SHIFT),
-                           run.nr_pages << PAGE_SHIFT)
+                copy_memory(mem, frame_address(mem, pfn) + (run.first_page << PAGE_SHIFT), data + (run.row << PAGE_SHIFT),
+                            run.nr_pages << PAGE_SHIFT)
             map_run(mem, run.vma, run.address, pfn, run.first_page, run.nr_pages, run.bits, run.huge)
         # 3. its state
         if plan.dirty:
