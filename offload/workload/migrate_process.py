@@ -384,7 +384,7 @@ def _ms(ns):
 
 # --- waiting -------------------------------------------------------------------------------------------------
 
-def announce_compiling(engine, nodes):
+def announce_compiling(engine, nodes=("host", "host")):
     """Compile what the job needs, if need be with a line on standard error: a tiny process goes all the way."""
     mark = None if JIT_DISABLED else cache_folder() / "warm-migrate"
     if mark is not None and not mark.exists():
