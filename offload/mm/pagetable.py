@@ -234,7 +234,7 @@ def folio_remove_rmap(mem, folio_pfn, page, vma, huge):
         else:
             mem.nodes[folio.nid].nr_file_mapped -= nr_pages
     elif nr_pages > 2 and folio.mapping < 0 and folio.entire_mapcount == 0 and folio.page_flags & PG_partially_mapped == 0 \
-            and has_unmapped(mem, folio_pfn, page, page if huge == 0 else folio_pfn + nr_pages - 1):
+            and (folio.mapcount < nr_pages or has_unmapped(mem, folio_pfn, page, page if huge == 0 else folio_pfn + nr_pages - 1)):
         deferred_split_folio(mem, folio_pfn, True)
     if mem.vmas[vma].vm_flags & VM_LOCKED and folio.page_flags & PG_mlocked:
         munlock_vma_folio(mem, folio_pfn, vma)
