@@ -50,7 +50,7 @@ if JIT_DISABLED:
     def bytes_are_zero(address, nbytes):
         return not any(ctypes.string_at(int(address), int(nbytes)))
 
-    def prefetch_record(array, i):
+    def prefetch_record(column, i):
         return 0
 else:
     @intrinsic
@@ -112,19 +112,17 @@ else:
         return True
 
     @intrinsic
-    def prefetch_record(typingctx, array, i):
-        """Ask for the cache line where ``array[i]`` begins, to be read and written soon; returns 0."""
+    def prefetch_record(typingctx, column, i):
+        """Ask for the cache line where ``column[i]`` of a table begins, to be read and written soon; returns 0."""
         def codegen(context, builder, signature, args):
-            array_type = signature.args[0]
-            array = context.make_array(array_type)(context, builder, args[0])
-            pointer = builder.bitcast(builder.gep(array.data, [args[1]]), cgutils.voidptr_t)
+            pointer = builder.bitcast(builder.gep(args[0], [args[1]]), cgutils.voidptr_t)
             half = ir.IntType(32)
             prefetch = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, half, half, half]),
                 "llvm.prefetch.p0")
             builder.call(prefetch, [pointer, half(1), half(3), half(1)])
             return ir.IntType(64)(0)
-        return types.int64(array, types.int64), codegen
+        return types.int64(column, types.int64), codegen
 
 
 @jit_entry

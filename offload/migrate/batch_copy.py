@@ -14,6 +14,7 @@ from offload.jit import jit
 from offload.migrate.state import batch_counts_as_copied, folio_set_content_copied
 from offload.mm.frames import folios_mc_copy, frame_address
 from offload.mm.memmap import FRAMES_TOGETHER
+from offload.table import first_rows
 from offload.units import PAGE_SIZE
 
 __all__ = ("batch_copy_needs_migrator", "mark_copied_folios")
@@ -30,22 +31,20 @@ def batch_copy_needs_migrator(mem, call):
     c.batch_copied = 0
     if c.nr_batch == 0:
         return False
-    call.pair_done[:c.nr_batch] = 0                 # kept from the batch before
+    first_rows(call.pair_done, c.nr_batch)[:] = 0           # kept from the batch before
     if frame_address(mem, call.pair_dst[0]) == 0:
-        call.pair_done[:c.nr_batch] = 1
+        first_rows(call.pair_done, c.nr_batch)[:] = 1
         c.batch_copy_failed = 0
         return False
     sys = mem.sys[0]
-    if sys.frames_kind != FRAMES_TOGETHER:
-        c.batch_copy_failed = 1                     # until Python says otherwise
-        return True
     cpu_kernel = sys.offload_cpu_kernel if sys.offload_active else 1 + sys.copy_kernel
-    if cpu_kernel:
+    if cpu_kernel and sys.frames_kind == FRAMES_TOGETHER:
         c.cpu_batches += 1
-        folios_mc_copy(mem, cpu_kernel - 1, call.pair_dst, call.pair_src, call.pair_order, c.nr_batch, call.pair_done)
+        folios_mc_copy(mem, cpu_kernel - 1, first_rows(call.pair_dst, c.nr_batch), first_rows(call.pair_src, c.nr_batch),
+                       first_rows(call.pair_order, c.nr_batch), first_rows(call.pair_done, c.nr_batch))
         c.batch_copy_failed = call.pair_done[c.nr_batch - 1] == 0       # it stops at the first error
         return False
-    c.batch_copy_failed = 1
+    c.batch_copy_failed = 1                         # until Python says otherwise
     return True
 
 

@@ -206,13 +206,14 @@ def prefetch_frame(mem, pfn):
 
 
 @jit
-def folios_mc_copy(mem, kernel, dst, src, order, nr, done):
-    """Copy the first ``nr`` folios of three arrays, in order, and set their ``done``, up to one that cannot be read.
+def folios_mc_copy(mem, kernel, dst, src, order, done):
+    """Copy the folios of three arrays, in order, and set their ``done``, up to one that cannot be read.
 
     FRAMES_TOGETHER alone.
 
     Kernel: folios_mc_copy() (mm/util.c in RFC v6 1/5).
     """
+    nr = len(order)
     if len(mem.others) > 1:
         for i in range(nr):
             if mem.others[mem.folios[src[i]].others].copy_error:

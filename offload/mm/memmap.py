@@ -286,7 +286,7 @@ def records(nr, dtype):
     return zeros(nr, dtype).view(np.recarray)
 
 
-unpack = make_unpack("Memory", MEMORY_DTYPES)
+unpack = make_unpack("Memory", MEMORY_DTYPES, as_arrays=("others", "frame_log"))
 
 
 # --- folios (include/linux/mm.h, page-flags.h, pagemap.h) -----------------------------------------------------
