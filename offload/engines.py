@@ -173,7 +173,7 @@ CUDA_DOES = {"cuda-loop": f"the whole batch, one copy call for each run, on N st
 def auto_does(reason):
     """(migrator, what it does) of ``auto``; asks the device nothing."""
     if reason:
-        return "mc_copy", cpu_auto(f"no GPU engine is available: {reason}").note
+        return "mc_copy", f"{AUTO}, on the CPU, as no GPU engine is available"
     return "auto", f"the engine measured to be the fastest for each batch; {AUTO} where a GPU does not reach"
 
 

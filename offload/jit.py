@@ -12,25 +12,33 @@ of older versions are removed, the newest few kept.
 references to the arrays of ``Memory`` costs more than the work itself. So no compiled function creates an
 array; what it needs is handed in.
 
+*Compiling is told*, as Numba tells it: one message of level INFO of the logger ``offload.jit`` when something is not in the
+cache. The command line prints it; for a program in Python, logging.basicConfig(level="INFO") does.
+
 With ``NUMBA_DISABLE_JIT=1`` the decorators return the Python function, and intrinsics are replaced by their
 Python stand-ins beside them (``JIT_DISABLED``).
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 
 import llvmlite
 import numba
+import numba.core.event
 
-__all__ = ("JIT_DISABLED", "COMPILE_S", "jit", "jit_inline", "jit_once", "jit_entry", "cache_root", "cache_folder", "cache_is_warm", "mark_cache_warm",
-           "exit_on_interrupt")
+__all__ = ("JIT_DISABLED", "COMPILE_S", "jit", "jit_inline", "jit_once", "jit_entry", "cache_root", "cache_folder", "exit_on_interrupt")
+
+_log = logging.getLogger(__name__)
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -66,19 +74,34 @@ def source_hash(folders=None):
     return digest.hexdigest()[:20]
 
 
+@functools.cache
 def cache_root():
     """Where compiled code is kept, and what is measured once: NUMBA_CACHE_DIR if set, else the user's cache folder, else a
-    temporary one."""
+    temporary one.
+
+    Numba runs what it finds there, so a folder that somebody else owns or may write to is not used, unless it is named by
+    NUMBA_CACHE_DIR: one of this process alone takes its place, and goes with it.
+    """
     if os.environ.get("NUMBA_CACHE_DIR"):
         return pathlib.Path(os.environ["NUMBA_CACHE_DIR"]) / "migrate-offload"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    root = pathlib.Path(base) / "migrate-offload"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError:
-        return pathlib.Path(tempfile.gettempdir()) / f"migrate-offload-{os.getuid()}"
+    temporary = pathlib.Path(tempfile.gettempdir(), f"migrate-offload-{os.getuid()}")
+    for root in (pathlib.Path(base, "migrate-offload"), temporary):
+        with contextlib.suppress(OSError):
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if is_private(root):
+                with tempfile.TemporaryFile(dir=root):
+                    return root
+            _log.warning("%s is not used for compiled code: somebody else owns it or may write to it; remove it, or chmod go-w", root)
+    root = tempfile.mkdtemp(prefix="migrate-offload-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return pathlib.Path(root)
+
+
+def is_private(folder):
+    """Whether a folder is a real one of this user's, which nobody else may write to."""
+    found = os.lstat(folder)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @functools.cache
@@ -95,17 +118,6 @@ def cache_folder():
     return folder
 
 
-def cache_is_warm():
-    """True if an earlier run has compiled the whole path, so that this one need not (or nothing is compiled)."""
-    return JIT_DISABLED or (cache_folder() / "warm").exists()
-
-
-def mark_cache_warm():
-    """Note that everything the migration path needs is in the cache now."""
-    if not JIT_DISABLED:
-        (cache_folder() / "warm").touch()
-
-
 @contextlib.contextmanager
 def exit_on_interrupt():
     """While compiling: Ctrl-C ends the process at once with status 130.
@@ -114,7 +126,7 @@ def exit_on_interrupt():
     whole or absent.
     """
     def leave(signum, frame):
-        os.write(2, b"offload: interrupted; nothing was written\n")
+        os.write(2, (b"\x1b[?25h" if os.isatty(2) else b"") + b"offload: interrupted\n")     # a bar has hidden the cursor
         os._exit(130)
 
     if threading.current_thread() is not threading.main_thread():
@@ -125,6 +137,23 @@ def exit_on_interrupt():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class _Announcer(numba.core.event.Listener):
+    """Says once a process that something is compiled, at the moment when Numba has not found it in the cache."""
+
+    said = False
+
+    def on_start(self, event):
+        if not _Announcer.said:
+            _Announcer.said = True
+            _log.info("compiling what is not in the cache yet, once; all of it takes about %d s", COMPILE_S)
+
+    def on_end(self, event):
+        pass
+
+
+numba.core.event.register("numba:compile", _Announcer())
 
 
 def _compile(function, **options):

@@ -41,7 +41,7 @@ from offload.syscalls import collect_folio_addresses, do_pages_move
 from offload.intrinsics import prefetch_record
 from offload.table import pack
 from offload.units import (
-    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, RULE_SETS, format_size, parse_mode, parse_placement,
+    MAX_PAGE_ORDER, MR_DEMOTION, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, PROTOCOLS, RULE_SETS, format_size, parse_mode, parse_placement,
     parse_protocol, parse_reason, parse_size,
 )
 
@@ -106,7 +106,7 @@ class MachineConfig:
             raise InvalidInput(f"batch_pages {self.batch_pages!r} is not a number of base pages; mainline has 512")
         if self.kernel not in RULE_SETS:
             raise InvalidInput(f"kernel {self.kernel!r} is not a rule set; use one of: {', '.join(RULE_SETS)}")
-        parse_protocol(self.protocol)
+        object.__setattr__(self, "protocol", PROTOCOLS[parse_protocol(self.protocol)])      # in any case
         if self.copy_kernel not in KERNELS:
             raise InvalidInput(f"copy kernel {self.copy_kernel!r} is not known; use one of: {', '.join(KERNELS)}")
         if "device" in placements and self.copy_kernel != "plain":
@@ -128,6 +128,8 @@ class Machine:
             raise InvalidInput("pass a MachineConfig or its fields, not both")
         if config is None:
             if nodes is not None:
+                if isinstance(nodes, (str, int)):
+                    raise InvalidInput(f"nodes {nodes!r} is one value, not a list; write nodes=[{nodes!r}, {nodes!r}] for two such nodes")
                 fields["nodes"] = tuple(node_config(node, placement) for node in nodes)
             config = MachineConfig(**fields)
         self.config = config

@@ -1,44 +1,77 @@
 """Tables and files for people and programs: one look for every command's output."""
 
-import contextlib
 import json
-import os
 import sys
-import tempfile
 
-from offload.errors import InvalidInput
+from offload.outfile import check_output, write_output
 
-__all__ = ("console", "table", "write_json", "json_target")
+__all__ = ("console", "show", "table", "plus_minus", "deliver", "write_json", "json_target")
+
+
+NO_TERMINAL_WIDTH = 10_000
+"""Columns of what is no terminal: lines are as long as they are."""
 
 
 def console(file=None):
-    """A rich console that shows text as it is; wide enough for our tables where the output is no terminal."""
+    """A rich console that shows text as it is."""
     from rich.console import Console
     file = file or sys.stdout
-    return Console(file=file, width=None if file.isatty() else 160, highlight=False, markup=False, emoji=False)
+    return Console(file=file, width=None if file.isatty() else NO_TERMINAL_WIDTH, highlight=False, markup=False, emoji=False)
+
+
+def show(parts, file=None):
+    """Print lines of text and tables of :func:`table`, whole: a line too long for the terminal is broken by it, not by us."""
+    out = console(file)
+    with out.capture() as captured:
+        for part in parts:
+            out.print(part, soft_wrap=isinstance(part, str), crop=False)
+    lines = captured.get().splitlines(keepends=True)
+    out.file.writelines(lines if out.is_terminal else (line.rstrip() + "\n" for line in lines))
 
 
 def table(title, columns, rows, *, right=(), fold=None):
-    """A rich table; ``right`` names the columns of numbers, ``fold`` the one, or several, that are wrapped on a narrow terminal."""
+    """A rich table; ``right`` names the columns of numbers, ``fold`` the one of text, or several, that are wrapped on a narrow terminal.
+
+    The others are never narrower than their cells.
+    """
     from rich.table import Table
     fold = (fold,) if isinstance(fold, str) else fold or ()
+    rows = [tuple(map(str, row)) for row in rows]
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        out.add_column(column, justify="right" if column in right else "left", no_wrap=column not in fold,
-                       overflow="fold" if column in fold else "ellipsis")
+    for place, column in enumerate(columns):
+        out.add_column(column, justify="right" if column in right else "left", no_wrap=column not in fold, overflow="fold",
+                       min_width=None if column in fold else max(len(line) for cell in (column, *(row[place] for row in rows)) for line in cell.split("\n")))
     for row in rows:
-        out.add_row(*(str(cell) for cell in row))
+        out.add_row(*row)
     return out
 
 
-def json_target(path, option="--json"):
-    """Check before the work that ``--json PATH`` can be written ("-": standard output). InvalidInput if not."""
-    if path is None or path == "-":
-        return path
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InvalidInput(f"{option} {path!r} cannot be written; name a file in a folder that exists and is writable")
-    return path
+def plus_minus():
+    """The sign as standard output can show it."""
+    try:
+        "±".encode(sys.stdout.encoding or "utf-8")
+        return "±"
+    except UnicodeEncodeError:
+        return "+-"
+
+
+def deliver(json, result, show):
+    """Write ``result`` to ``--json``, if that is given, and ``show()`` it, unless the JSON is on standard output.
+
+    The file comes first, so that nothing that can go wrong on a terminal costs it, and a full disk not the tables.
+    """
+    try:
+        if json:
+            write_json(json, result)
+    finally:
+        if json != "-":
+            show()
+
+
+def json_target(path, option="--json", inputs=()):
+    """Check before the work that ``--json PATH`` can be written ("-": standard output) and is none of the ``inputs``."""
+    if path is not None and path != "-":
+        check_output(path, option, inputs=inputs)
 
 
 def write_json(path, result, option="--json"):
@@ -47,18 +80,5 @@ def write_json(path, result, option="--json"):
     if path == "-":
         sys.stdout.write(text)
         return
-    try:
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".offload-")
-    except OSError as error:
-        raise InvalidInput(f"{option} {path!r} cannot be written ({error.strerror}); choose another place") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    sys.stdout.flush()                              # in order, should it be the same place
+    write_output(path, lambda file: file.write(text.encode()), option)

@@ -14,7 +14,7 @@ from offload.scenario_format import load, one_line, shown
 from offload.scenario_machine import check_offload
 from offload.scenario_processes import ProcessLevel, check_process_level
 from offload.scenario_table import wrong_words
-from offload.units import parse_protocol
+from offload.units import PROTOCOLS, parse_protocol
 
 __all__ = ("Outcome", "parse_protocols", "run_file", "run_scenario", "check_supported", "differences")
 
@@ -105,10 +105,7 @@ def parse_protocols(text):
     """The protocols of ``--protocol NAME,NAME``, each once, in the order given; [None] for None: what each file says."""
     if text is None:
         return [None]
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        parse_protocol(name)
-    return names
+    return list(dict.fromkeys(PROTOCOLS[parse_protocol(name.strip())] for name in text.split(",")))
 
 
 def run_file(path, *, trace=False, protocol=None):
@@ -123,7 +120,7 @@ def run_file(path, *, trace=False, protocol=None):
         scenario = load(path)
         name = scenario["name"]
         if "offload" in scenario:
-            own = scenario["offload"].get("protocol", "v6")
+            own = PROTOCOLS[parse_protocol(scenario["offload"].get("protocol", "v6"))]
             protocol = protocol or own
             expects = own if protocol != own and "expect" in scenario else None
             scenario["offload"]["protocol"] = protocol

@@ -8,10 +8,12 @@ A check is a function ``check(value, field)`` that raises; records are made of c
 of the file is looked at last.
 """
 
+import contextlib
 import json
 import re
 
 from offload.errors import InvalidInput
+from offload.units import PROTOCOLS, parse_mode, parse_protocol
 
 __all__ = ("load", "check", "expand", "REASON_NAMES", "STAT_NAMES", "VMSTAT_NAMES", "ADDRESS", "DEFAULT_NODES", "Fault")
 
@@ -85,6 +87,17 @@ def word(*words):
     def check(value, field):
         if not isinstance(value, str) or value not in words:
             raise Fault(field, f"{shown(value)} is not known", one_of(words))
+    return check
+
+
+def spelled(parse, *words):
+    """A word as the command line takes it, by the same ``parse``: in any case."""
+    def check(value, field):
+        with contextlib.suppress(InvalidInput):
+            if isinstance(value, str):
+                parse(value)
+                return
+        raise Fault(field, f"{shown(value)} is not known", one_of(words))
     return check
 
 
@@ -168,7 +181,7 @@ machine = record({}, {
     "batch_pages": integer(1)})
 
 offload = record({}, {
-    "protocol": word("v6", "v5", "v4", "flags"), "migrator": line, "reasons": list_of(word("all", *REASON_NAMES), 1),
+    "protocol": spelled(parse_protocol, *PROTOCOLS), "migrator": line, "reasons": list_of(word("all", *REASON_NAMES), 1),
     "declines": boolean, "fails_after": count, "marks": word("finished", "none")}, others=anything)
 
 folio = record({"name": name}, {
@@ -216,7 +229,7 @@ operation = by_op({
                                "msync", "uffd_wp")}})
 
 folio_call = by_op({
-    "migrate_pages": ({}, {"mode": word(*MODES), "reason": word(*REASON_NAMES), "target": count,
+    "migrate_pages": ({}, {"mode": spelled(parse_mode, *MODES), "reason": word(*REASON_NAMES), "target": count,
                            "pf_memalloc": boolean})})
 
 fault = record({}, {"pages": count, "nodes": count, "status": count})

@@ -26,7 +26,7 @@ __all__ = (
     "MR_MEMPOLICY_MBIND", "MR_NUMA_MISPLACED", "MR_CONTIG_RANGE", "MR_LONGTERM_PIN", "MR_DEMOTION", "MR_DAMON",
     "RULES_6_12", "RULES_7_3", "RULES_MM_NEXT", "RULE_SETS",
     "PROTOCOLS", "PROTOCOL_V6", "PROTOCOL_V5", "PROTOCOL_FLAGS", "PROTOCOL_V4", "parse_protocol",
-    "parse_size", "format_size", "parse_unsigned", "parse_mode", "parse_reason", "PLACEMENTS", "parse_placement", "parse_nodes", "check_nodes",
+    "parse_size", "format_size", "format_bytes", "parse_unsigned", "parse_mode", "parse_reason", "PLACEMENTS", "parse_placement", "parse_nodes", "check_nodes",
 )
 
 PAGE_SHIFT = 12
@@ -115,10 +115,10 @@ PROTOCOL_V6, PROTOCOL_V5, PROTOCOL_FLAGS, PROTOCOL_V4 = range(4)
 
 
 def parse_protocol(text):
-    """The number of a protocol from its name. InvalidInput for anything else."""
-    if not isinstance(text, str) or text not in PROTOCOLS:
+    """The number of a protocol from its name, in any case. InvalidInput for anything else."""
+    if not isinstance(text, str) or text.lower() not in PROTOCOLS:
         raise InvalidInput(f"protocol {text!r} is not known; use one of: {', '.join(PROTOCOLS)}")
-    return PROTOCOLS.index(text)
+    return PROTOCOLS.index(text.lower())
 
 
 def parse_unsigned(text):
@@ -209,6 +209,12 @@ def parse_size(text, *, what="size", multiple_of=PAGE_SIZE):
         raise InvalidInput(f"{what} {text!r} is not a positive multiple of {format_size(multiple_of)}; "
                            f"round it to one")
     return int(nbytes)
+
+
+def format_bytes(nbytes):
+    """``4096`` as ``4 KiB``: beside rates, which are decimal."""
+    text = format_size(nbytes)
+    return f"{text[:-1]} {text[-1].removesuffix('B')}{'iB' if text[-1] != 'B' else 'B'}"
 
 
 def format_size(nbytes):

@@ -12,7 +12,6 @@ import pytest
 
 from offload.cli import main
 from offload.engines import Engine
-from offload.jit import cache_folder
 from offload.migrators.mc_copy import McCopy
 from offload.workload import snapshot as snap
 
@@ -85,7 +84,7 @@ def run(capsys):
     def call(*args):
         status = main([str(arg) for arg in args])
         out, err = capsys.readouterr()
-        return status, out, [line for line in err.splitlines() if not line.startswith("compiling once")]
+        return status, out, [line for line in err.splitlines() if not line.startswith("offload: compiling ")]
     return call
 
 
@@ -270,18 +269,3 @@ class TestBadInput:
         monkeypatch.setattr(Engine, "make_migrator", make)
         assert run("migrate", small, "--json", tmp_path / "out")[0] == 130
         assert not (tmp_path / "out").exists()
-
-
-def test_compiling_is_announced_once(run, tmp_path, monkeypatch, capsys):
-    """The first run says that it compiles; the next does not."""
-    from offload.engines import parse_engine
-    from offload.jit import JIT_DISABLED
-    from offload.workload.migrate_process import announce_compiling
-    if JIT_DISABLED:
-        pytest.skip("nothing is compiled")
-    mark = cache_folder() / "warm-migrate"
-    mark.unlink(missing_ok=True)
-    announce_compiling(parse_engine("vanilla"))
-    assert capsys.readouterr().err.startswith("compiling once, about")
-    announce_compiling(parse_engine("vanilla"))
-    assert capsys.readouterr().err == ""

@@ -12,11 +12,11 @@ import offload.experiment.bench as bench_module
 from offload.cli import main
 from offload.engines import Engine, parse_engine
 from offload.errors import InvalidInput
-from offload.experiment.bench import Bench, Session, make_row, run_bench
+from offload.experiment.bench import Bench, Session, make_notes, make_row, run_bench, spread
 from offload.experiment.config import BenchConfig
 from offload.experiment.tables import bench_tables, share_of_copy, share_of_limit, speedup, unverified
 from offload.migrators.mc_copy import McCopy
-from offload.report import console
+from offload.report import show
 from offload.units import PAGE_SIZE
 
 SIZE = 4 << 20
@@ -185,8 +185,7 @@ class TestDerivedNumbers:
 
     def test_cells_that_were_not_measured_are_dashes(self):
         out = io.StringIO()
-        for part in bench_tables(self.result):
-            console(out).print(part, soft_wrap=isinstance(part, str))
+        show(bench_tables(self.result), out)
         lines = [line.split() for line in out.getvalue().splitlines()]
         assert ["vanilla", "3.00±0.50", "--"] in lines
         assert ["batch", "6.00±0.50", "7.00±0.50"] in lines
@@ -195,6 +194,44 @@ class TestDerivedNumbers:
         assert ["plain:1", "8.00", "--"] in lines
         assert ["4K", "vanilla", "10", "0", "30", "10", "60.0%"] in lines
         assert ["4K", "vanilla", "1.5", "2.0", "3.0", "4.0", "0.2500", "123456", "yes"] in lines
+
+    def shown(self, width=None, **changes):
+        out = io.StringIO()
+        show(bench_tables(self.result | changes, width), out)
+        return out.getvalue()
+
+    def test_what_has_no_speed_up_is_said_once(self):
+        assert "no speed-up" not in self.shown()
+        rows = [row_of(engine, order, [1.0, 2.0]) for engine in ("vanilla", "batch+stream", "mt:2+stream") for order in (0, 9)]
+        lines = [line for line in self.shown(rows=rows).splitlines() if "no speed-up" in line]
+        assert lines == ["no speed-up for batch+stream, mt:2+stream: vanilla+stream was not measured"]
+
+    @pytest.mark.parametrize("width, blocks", [(None, 1), (80, 1), (79, 2), (60, 2), (40, 3), (10, 6)])
+    def test_folio_sizes_that_do_not_fit_stand_below(self, width, blocks):
+        rows = [row_of("vanilla+stream", order, [10.5, 20.25]) for order in (0, 2, 4, 6, 8, 9)]
+        lines = self.shown(width, rows=rows).splitlines()
+        begin, end = (next(i for i, line in enumerate(lines) if line.startswith(words)) for words in ("GB/s of", "speed-up"))
+        heads = [line.split() for line in lines[begin:end] if line.startswith("engine")]
+        assert len(heads) == blocks and [size for head in heads for size in head[1:]] == ["4K", "16K", "64K", "256K", "1M", "2M"]
+        assert " ".join(lines[begin:end]).count("15.38±0.50") == 6
+        assert width in (None, 10) or max(map(len, lines[begin + 1:end])) <= width
+
+    def test_a_single_run_has_no_deviation(self):
+        assert spread([2.0]) == {"mean": 2.0, "sd": None, "samples": [2.0]}
+        row = row_of("vanilla", 0, [4.0]) | {"gbps": spread([4.0])}
+        text = self.shown(rows=[row], manifest=self.result["manifest"] | {"repeat": 1, "warmup": 0})
+        assert "±" not in text and ["vanilla", "4.00"] in [line.split() for line in text.splitlines()] and "; 1 run, seed 0" in text
+
+    def test_what_the_host_does_not_tell_is_left_out(self):
+        assert "None" not in self.shown(manifest=self.result["manifest"] | {"thp": None, "cpu": None})
+
+    def test_a_size_that_fits_into_the_cache_is_noted(self, monkeypatch):
+        monkeypatch.setattr(bench_module, "last_level_cache", lambda: 4 << 20)
+        note, = make_notes(small(size="2M"))
+        assert "(4 MiB) fit into the last-level cache (4 MiB)" in note
+        assert make_notes(small(size="4M")) == make_notes(small(size="2M", nodes="nowhere,nowhere")) == []
+        monkeypatch.setattr(bench_module, "last_level_cache", lambda: None)
+        assert make_notes(small(size="2M")) == []
 
     def test_blocked_times_are_over_all_folios_of_all_timed_runs(self):
         def run(blocked_ns, verified=True):
@@ -342,14 +379,3 @@ class TestInterrupted:
                                               tmp_path / "result.json")
         assert status == 130 and printed == "" and complaint.count("\n") == 1
         assert list(tmp_path.iterdir()) == [] and len(runs) == 3
-
-
-class TestCompiling:
-    def test_is_announced_when_the_cache_is_cold_and_only_then(self, monkeypatch, capsys):
-        marks = []
-        monkeypatch.setattr(bench_module, "mark_cache_warm", lambda: marks.append(1))
-        for warm in (False, True):
-            monkeypatch.setattr(bench_module, "cache_is_warm", lambda: warm)
-            bench_module.compile_once(small())
-            assert ("compiling once, about" in capsys.readouterr().err) is not warm
-        assert marks == [1, 1]

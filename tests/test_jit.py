@@ -51,9 +51,11 @@ class Copy:
         (self.folder / "offload" / "probe_callee.py").write_text(CALLEE.format(number=number))
 
     def ask(self, **env):
-        """(result, name of the cache folder, cache hits) of a process of its own."""
-        done = python("-c", "from offload.probe_caller import main; main()", cwd=self.folder, PYTHONPATH=str(self.folder), NUMBA_CACHE_DIR=str(self.cache),
+        """(result, name of the cache folder, cache hits) of a process of its own; ``told`` is what it logged."""
+        done = python("-c", "import logging; logging.basicConfig(level='INFO', format='%(message)s')\n"
+                            "from offload.probe_caller import main; main()", cwd=self.folder, PYTHONPATH=str(self.folder), NUMBA_CACHE_DIR=str(self.cache),
                       NUMBA_DISABLE_JIT="0", **env)
+        self.told = done.stderr
         result, folder, hits = done.stdout.split()
         return int(result), folder, int(hits)
 
@@ -82,6 +84,13 @@ class TestCache:
         assert (first[0], again[0], edited[0], back[0]) == (20, 20, 30, 20)
         assert first[1] == again[1] == back[1] != edited[1]
         assert (first[2], again[2], edited[2], back[2]) == (0, 1, 0, 1)
+
+    def test_compiling_is_told_once_and_only_where_something_is_compiled(self, copy):
+        copy.edit_callee(1)
+        copy.ask()
+        assert copy.told == f"compiling what is not in the cache yet, once; all of it takes about {jit.COMPILE_S} s\n"
+        copy.ask()
+        assert copy.told == ""
 
     def test_bounds_checks_have_a_folder_of_their_own(self, copy):
         copy.edit_callee(1)

@@ -12,7 +12,7 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 
 FLOORS = (
     ("errors",), ("units",), ("jit",), ("table", "intrinsics"), ("kernels",), ("mm",), ("copy_offload",), ("migrate",),
-    ("dmaengine",), ("migrators",), ("syscalls",), ("callers",), ("machine",), ("other_tasks",), ("report",), ("calibration",), ("engines",), ("scenario", "workload", "experiment"), ("cli",),
+    ("dmaengine",), ("migrators",), ("syscalls",), ("callers",), ("machine",), ("other_tasks",), ("outfile",), ("report",), ("calibration",), ("engines",), ("scenario", "workload", "experiment"), ("cli",), ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -38,6 +38,10 @@ class TestSizes:
     def test_format(self, nbytes, text):
         assert format_size(nbytes) == text
 
+    @pytest.mark.parametrize("nbytes, text", [(4096, "4 KiB"), (3 << 29, "1.5 GiB"), (5, "5 B")])
+    def test_format_beside_rates(self, nbytes, text):
+        assert units.format_bytes(nbytes) == text
+
     @pytest.mark.parametrize("order", range(11))
     def test_folio_sizes_survive_both_ways(self, order):
         assert parse_size(format_size(4096 << order)) == 4096 << order

@@ -218,17 +218,17 @@ class TestSaving:
         assert path.exists() == there_before and (not there_before or path.read_text() == "old")
 
     def test_no_directory(self, tmp_path):
-        with pytest.raises(InvalidInput, match="directory must be there"):
+        with pytest.raises(InvalidInput, match="name a file in a folder that exists"):
             save(a_snapshot(), tmp_path / "no" / "a")
 
     def test_a_directory_that_takes_no_files(self):
-        with pytest.raises(OffloadError, match="cannot write"):
+        with pytest.raises(OffloadError, match="cannot be written"):
             save(a_snapshot(), "/proc/self/a.snapshot")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_a_directory_without_permission(self, tmp_path):
         tmp_path.chmod(0o500)
-        with pytest.raises(NotPermitted, match="cannot write"):
+        with pytest.raises(NotPermitted, match="cannot be written"):
             save(a_snapshot(), tmp_path / "a")
         assert not os.listdir(tmp_path)
 

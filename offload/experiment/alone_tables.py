@@ -3,9 +3,9 @@
 How to read them: docs/gpu.md. ``--`` is what was not measured or does not exist.
 """
 
-from offload.experiment.tables import ABSENT, folio_size
+from offload.experiment.tables import ABSENT, folio_size, host_text, runs_text
 from offload.report import table
-from offload.units import format_size
+from offload.units import format_bytes
 
 __all__ = ("alone_tables", "unverified_cells")
 
@@ -23,9 +23,9 @@ def alone_tables(result):
     """What is printed: lines of text and rich tables, in order; the line above a table is its title."""
     manifest = result["manifest"]
     gpu = manifest["gpu"]
-    yield (f"one batch of {manifest['folios']} folios, {format_size(manifest['size'])} at most, in random order at both ends; {manifest['repeat']} runs "
-           f"after {manifest['warmup']} to warm up, medians, seed {manifest['seed']}")
-    yield f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, commit {manifest['git_commit']}"
+    yield (f"one batch of {manifest['folios']} folios, {format_bytes(manifest['size'])} at most, in random order at both ends; {runs_text(manifest)}, "
+           f"medians, seed {manifest['seed']}")
+    yield host_text(manifest)
     yield (f"no GPU: {gpu['reason']}" if gpu["reason"] else
            f"{gpu['device']}, CUDA {gpu['cuda']}, driver {gpu['driver'] or 'unknown'}, CuPy {gpu['cupy']}, NVRTC {gpu['nvrtc']}")
     yield from manifest["notes"]

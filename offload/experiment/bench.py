@@ -21,7 +21,6 @@ once, in rotating sequence and with the same random bytes and order, and every l
 import contextlib
 import dataclasses
 import gc
-import sys
 import time
 
 import numpy as np
@@ -29,13 +28,13 @@ import numpy as np
 from offload.engines import parse_engine
 from offload.errors import BrokenInvariant
 from offload.experiment.limits import Limits
-from offload.experiment.manifest import host_manifest, what_ran
-from offload.jit import COMPILE_S, cache_is_warm, exit_on_interrupt, mark_cache_warm
+from offload.experiment.manifest import host_manifest, last_level_cache, what_ran
+from offload.jit import exit_on_interrupt
 from offload.kernels.checksum import checksum_pages
 from offload.kernels.cpu import KERNELS
 from offload.machine import Machine, NodeConfig
 from offload.mm.frames import POISON
-from offload.units import HPAGE_PMD_ORDER, PAGE_SIZE, format_size
+from offload.units import HPAGE_PMD_ORDER, PAGE_SIZE, format_bytes, format_size
 
 __all__ = ("run_bench", "Session", "Bench", "Run", "PHASES")
 
@@ -259,8 +258,8 @@ def make_row(config, engine, order, timed, others):
 
 
 def spread(samples):
-    """Mean, standard deviation of the sample (0 for a single one) and the values, in the order they were measured."""
-    return {"mean": float(np.mean(samples)), "sd": float(np.std(samples, ddof=1)) if len(samples) > 1 else 0.0,
+    """Mean, standard deviation of the sample (None of a single one) and the values, in the order they were measured."""
+    return {"mean": float(np.mean(samples)), "sd": float(np.std(samples, ddof=1)) if len(samples) > 1 else None,
             "samples": [float(value) for value in samples]}
 
 
@@ -270,7 +269,7 @@ def make_manifest(config, date):
         "date": date, "command": config.command_line(), "seed": config.seed, "size": config.size,
         "orders": list(config.orders), "engines": [engine.name for engine in config.engines], "repeat": config.repeat,
         "warmup": config.warmup, "batch_pages": config.batch_pages, "mode": config.mode.name, "protocol": config.protocol, "reason": REASON,
-        "nodes": list(config.nodes), "notes": [engine.note for engine in config.engines if engine.note],
+        "nodes": list(config.nodes), "notes": make_notes(config),
         "units": {"gbps": "10^9 bytes that arrived per second", "cpu_s": "seconds of all threads, mean of the timed runs",
                   "phases_ns": "ns per run", "blocked_ns": "ns per folio", "ns_per_folio": "ns of wall clock",
                   "moved_bytes": "bytes per run, the least of the timed runs"},
@@ -283,12 +282,20 @@ def make_manifest(config, date):
     }
 
 
+def make_notes(config):
+    """What a reader of the numbers must know: the engines' notes, and a size that never leaves the cache."""
+    notes = [engine.note for engine in config.engines if engine.note]
+    cache = last_level_cache()
+    if not {"nowhere", "device"} & set(config.nodes) and cache and 2 * config.size <= cache:
+        notes.append(f"sources and destinations ({format_bytes(2 * config.size)}) fit into the last-level cache ({format_bytes(cache)}): "
+                     f"this measures the cache, not the memory; use a --size several times the cache")
+    return notes
+
+
 # 3. Compiling before anything is timed.
 
 def compile_once(config):
-    """Compile, or load from the cache, all that the benchmark runs, by tiny migrations; announced if it takes long."""
-    if not cache_is_warm():
-        print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
+    """Compile, or load from the cache, all that the benchmark runs, by tiny migrations."""
     nodes = config.nodes if any(engine.on_gpu for engine in config.engines) else ("host", "host")
     always = ("vanilla", "batch") if "device" in nodes else ("vanilla", "batch", "mt:2")
     engines = tuple(dict.fromkeys((*map(parse_engine, always), *config.engines)))
@@ -297,4 +304,3 @@ def compile_once(config):
     with exit_on_interrupt(), Session(tiny) as session:
         for order in tiny.orders:
             session.run_order(order)
-    mark_cache_warm()

@@ -10,7 +10,7 @@ import pathlib
 from offload.engines import Engine, parse_engine
 from offload.errors import InvalidInput
 from offload.units import (
-    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, MigrateMode, check_nodes, format_size, parse_mode, parse_nodes,
+    HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, PROTOCOLS, MigrateMode, check_nodes, format_size, parse_mode, parse_nodes,
     parse_protocol, parse_size,
 )
 
@@ -56,7 +56,7 @@ class BenchConfig:
         return cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
                    engines=tuple(parse_engine(word, nodes) for word in split_list("engines", given["engines"])),
                    repeat=given["repeat"], warmup=given["warmup"], batch_pages=given["batch_pages"],
-                   mode=parse_mode(given["mode"]), protocol=given["protocol"], nodes=nodes, seed=given["seed"])
+                   mode=parse_mode(given["mode"]), protocol=PROTOCOLS[parse_protocol(given["protocol"])], nodes=nodes, seed=given["seed"])
 
     def __post_init__(self):
         parse_protocol(self.protocol)

@@ -16,8 +16,9 @@ from offload.kernels import cuda
 from offload.kernels.cuda import SOURCE, nvidia_driver, version_text
 from offload.kernels.cuda_driver import MOST_DESCRIPTORS
 from offload.kernels.cuda_engines import BLOCK_THREADS, BLOCKS_PER_SM
+from offload.units import parse_size
 
-__all__ = ("host_manifest", "gpu_manifest", "what_ran", "NOT_VERIFIED")
+__all__ = ("host_manifest", "gpu_manifest", "last_level_cache", "what_ran", "NOT_VERIFIED")
 
 
 def host_manifest():
@@ -28,7 +29,7 @@ def host_manifest():
         "machine": platform.machine(), "cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)),
         "thp": chosen(read_line("/sys/kernel/mm/transparent_hugepage/enabled")),
         "governor": read_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
+        "last_level_cache": last_level_cache(), "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
     }
 
 
@@ -81,6 +82,12 @@ def read_line(path):
 def chosen(line):
     """The word in brackets of ``always [madvise] never``."""
     return line and line.partition("[")[2].partition("]")[0]
+
+
+def last_level_cache():
+    """Bytes of the largest cache of CPU 0, or None."""
+    sizes = [read_line(path) for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((parse_size(size, multiple_of=1) for size in sizes if size), default=None)
 
 
 def cpu_model():

@@ -6,14 +6,14 @@ measured. How to read them: docs/benchmarks.md.
 
 import statistics
 
-from offload.report import table
-from offload.units import PAGE_SIZE, format_size
+from offload.report import plus_minus, table
+from offload.units import PAGE_SIZE, format_bytes, format_size
 
 __all__ = ("bench_tables", "speedup", "share_of_limit", "share_of_copy", "unverified")
 
 ABSENT = "--"
-FIRST_WIDTH, COLUMN_WIDTH = 15, 11
-KERNELS = ("plain", "stream")
+FIRST_WIDTH, COLUMN_WIDTH, GAP = 14, 10, 1
+"""Of the engines, of GB/s, and between columns: six folio sizes fit into a terminal of 80."""
 
 
 # 1. Derived numbers. Ratios are of medians: one run that was disturbed moves a mean, not them.
@@ -27,11 +27,14 @@ def median_speed(row):
 
 def speedup(result, row):
     """Median speed over that of vanilla with the same copy kernel (plain, for a GPU engine) at the same order, or None."""
-    kernel = row["copy_kernel"] if row["copy_kernel"] in KERNELS else "plain"       # the GPU's stand beside the kernel's own
-    base = next((other for other in result["rows"] if other["engine"].partition("+")[0] == "vanilla"
-                 and other["copy_kernel"] == kernel and other["order"] == row["order"]), None)
+    base = next((other for other in result["rows"] if other["engine"] == base_of(row) and other["order"] == row["order"]), None)
     speed, base_speed = median_speed(row), median_speed(base)
     return speed / base_speed if speed and base_speed else None
+
+
+def base_of(row):
+    """The engine that a row is held against; the GPU's stand beside the kernel's own."""
+    return "vanilla+stream" if row["copy_kernel"] == "stream" else "vanilla"
 
 
 def share_of_limit(row):
@@ -57,7 +60,11 @@ def folio_size(order):
 
 
 def spread_text(spread, digits):
-    return ABSENT if spread is None else f"{spread['mean']:.{digits}f}±{spread['sd']:.{digits}f}"
+    """Mean±SD; of a single run the mean."""
+    if spread is None:
+        return ABSENT
+    mean = f"{spread['mean']:.{digits}f}"
+    return mean if len(spread["samples"]) < 2 else f"{mean}{plus_minus()}{spread['sd']:.{digits}f}"
 
 
 def number_text(value, unit=""):
@@ -68,31 +75,47 @@ def us_text(ns):
     return f"{ns / 1000:.1f}"
 
 
+def runs_text(manifest):
+    nr, warmup = manifest["repeat"], manifest["warmup"]
+    return f"{nr} run{'s' * (nr != 1)}" + (f" after {warmup} to warm up" if warmup else "")
+
+
+def host_text(manifest, **settings):
+    """What it ran on, without what the host does not tell; ``settings`` by their names."""
+    settings |= {"commit": manifest["git_commit"]}
+    return ", ".join([*filter(None, (manifest["cpu"],)), f"{manifest['cores']} cores", f"Linux {manifest['kernel']}",
+                      *(f"{name} {value}" for name, value in settings.items() if value)])
+
+
 # 3. Tables.
 
-def bench_tables(result):
-    """What ``offload bench`` prints: lines of text and rich tables, in order; the line above a table is its title."""
+def bench_tables(result, width=None):
+    """What ``offload bench`` prints: lines of text and rich tables, in order; the line above a table is its title.
+
+    A table of folio sizes wider than ``width`` columns goes on in another one below it.
+    """
     manifest = result["manifest"]
     host = manifest["nodes"][0] != "nowhere"
+    spread = f"mean{plus_minus()}SD" if manifest["repeat"] > 1 else "one run"
     batch = f"batch limit {manifest['batch_pages']} base pages"
-    yield (f"{format_size(manifest['size'])} a run, node 0 to node 1 ({','.join(manifest['nodes'])}), {manifest['mode']}, "
-           f"protocol {manifest['protocol']}, {batch}; {manifest['repeat']} runs after {manifest['warmup']} to warm up, seed {manifest['seed']}")
-    yield (f"{manifest['cpu']}, {manifest['cores']} cores, Linux {manifest['kernel']}, thp {manifest['thp']}, "
-           f"commit {manifest['git_commit']}")
+    yield (f"{format_bytes(manifest['size'])} a run, node 0 to node 1 ({','.join(manifest['nodes'])}), {manifest['mode']}, "
+           f"protocol {manifest['protocol']}, {batch}; {runs_text(manifest)}, seed {manifest['seed']}")
+    yield host_text(manifest, thp=manifest["thp"])
     yield from manifest.get("notes", ())          # older results have none
     if host:
-        yield f"\nGB/s of the whole call, mean±SD; {batch}"
-        yield by_size(result, lambda row: spread_text(row["gbps"], 2))
+        yield f"\nGB/s of the whole call, {spread}; {batch}"
+        yield from by_size(result, lambda row: spread_text(row["gbps"], 2), width)
     else:
-        yield f"\nns per folio of the whole call, mean±SD; metadata only; {batch}"
-        yield by_size(result, lambda row: spread_text(row["ns_per_folio"], 0))
+        yield f"\nns per folio of the whole call, {spread}; metadata only; {batch}"
+        yield from by_size(result, lambda row: spread_text(row["ns_per_folio"], 0), width)
     yield "\nspeed-up over vanilla with the same copy kernel (medians)"
-    yield by_size(result, lambda row: number_text(speedup(result, row), "x"))
+    yield from by_size(result, lambda row: number_text(speedup(result, row), "x"), width)
+    yield from without_base(result)
     if host:
         yield "\nshare of the limit: GB/s over the scattered copy with the same kernel and threads (medians)"
-        yield by_size(result, lambda row: number_text(share_of_limit(row)))
+        yield from by_size(result, lambda row: number_text(share_of_limit(row)), width)
         yield "\nlimits: scattered copy of the same frames without migration, GB/s, median"
-        yield limits_table(result)
+        yield from limits_tables(result, width)
         yield f"np.copyto of one contiguous block: {number_text(result['limits']['contiguous_copy_gbps'])} GB/s"
     yield "\nphases, ns per folio (one extra run of each, with its copies timed)"
     yield phases_table(result)
@@ -113,35 +136,59 @@ def engines_of(result):
     return list(dict.fromkeys(row["engine"] for row in result["rows"]))
 
 
-def aligned(columns, rows):
-    """A table whose columns stand above those of the next one."""
-    out = table(None, columns, rows, right=columns[1:])
-    out.columns[0].min_width = FIRST_WIDTH
-    for column in out.columns[1:]:
-        column.min_width = COLUMN_WIDTH
+def without_base(result):
+    """A line for each engine that others would be held against and that was not measured."""
+    measured, lacking = engines_of(result), {}
+    for row in result["rows"]:
+        if base_of(row) not in measured:
+            lacking.setdefault(base_of(row), {})[row["engine"]] = True
+    for base, engines in lacking.items():
+        yield f"no speed-up for {', '.join(engines)}: {base} was not measured"
+
+
+def compact(columns, rows, right):
+    out = table(None, columns, rows, right=right)
+    out.padding = (0, GAP, 0, 0)
     return out
 
 
-def by_size(result, text):
+def aligned(first, sizes, rows, width):
+    """Tables whose columns stand above those of the next ones, as few as fit into ``width``, and blank lines between them."""
+    column_width = max(COLUMN_WIDTH, *(len(cell) for row in rows for cell in row[1:]))
+    first_width = max(FIRST_WIDTH, *(len(row[0]) for row in rows))
+    nr = len(sizes) if width is None else max((width - first_width) // (column_width + GAP), 1)
+    nr = -(-len(sizes) // -(-len(sizes) // nr))     # as many in each
+    for at in range(0, len(sizes), nr):
+        if at:
+            yield ""
+        shown = slice(at, at + nr)
+        out = compact((first, *sizes[shown]), [(row[0], *row[1:][shown]) for row in rows], sizes)
+        out.columns[0].min_width = first_width
+        for column in out.columns[1:]:
+            column.min_width = column_width
+        yield out
+
+
+def by_size(result, text, width):
     """Engines as rows, folio sizes as columns, ``text(row)`` in the cells."""
     cells = {(row["engine"], row["order"]): row for row in result["rows"]}
     orders = orders_of(result)
     rows = [(engine, *(text(cells[engine, order]) if (engine, order) in cells else ABSENT for order in orders))
             for engine in engines_of(result)]
-    return aligned(("engine", *map(folio_size, orders)), rows)
+    yield from aligned("engine", [*map(folio_size, orders)], rows, width)
 
 
-def limits_table(result):
+def limits_tables(result, width):
     orders = orders_of(result)
     rows = [(key, *(number_text(by_order.get(str(order))) for order in orders))
             for key, by_order in result["limits"]["scattered_copy_gbps"].items()]
-    return aligned(("kernel:threads", *map(folio_size, orders)), rows)
+    yield from aligned("kernel:threads", [*map(folio_size, orders)], rows, width)
 
 
 def details(result, columns, text):
     """Folio size and engine as rows, ``text(row)`` (a tuple) beside them."""
     rows = [(folio_size(row["order"]), row["engine"], *text(row)) for row in result["rows"]]
-    return table(None, ("folio", "engine", *columns), rows, right=("folio", *columns))
+    return compact(("folio", "engine", *columns), rows, ("folio", *columns))
 
 
 def phases_table(result):
@@ -159,4 +206,4 @@ def blocked_table(result):
         blocked = row["blocked_ns"]
         return (*(us_text(blocked[name]) for name in ("first", "p50", "p99", "max")), f"{row['cpu_s']:.4f}",
                 row["moved_bytes"], "yes" if row["verified"] else "NO")
-    return details(result, ("first", "p50", "p99", "max", "CPU s", "bytes moved", "verified"), text)
+    return details(result, ("first", "p50", "p99", "max", "CPU s", "bytes", "verified"), text)

@@ -7,8 +7,9 @@ import os
 
 from offload.engines import parse_engine
 from offload.errors import InvalidInput
-from offload.report import console, json_target, write_json
-from offload.units import PAGE_SIZE, format_size, parse_nodes, parse_protocol
+from offload.outfile import check_output
+from offload.report import deliver, json_target, show
+from offload.units import PAGE_SIZE, format_bytes, format_size, parse_nodes, parse_protocol
 from offload.workload import snapshot as snap
 from offload.workload.live import read_process
 
@@ -31,8 +32,8 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
     if batch_pages < 1:
         raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
     parse_protocol(protocol)
-    json_target(json)
-    from offload.workload.migrate_process import announce_compiling, move_process, print_result, progress_bar, result_of
+    json_target(json, inputs=() if file is None else (file,))
+    from offload.workload.migrate_process import compile_once, move_process, result_parts, progress_bar, result_of
     from offload.workload.rebuild import rebuild
 
     # The process is read first: compiling can take longer than it lives.
@@ -46,16 +47,13 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
                 snapshot = without_bytes(snapshot)
     if snapshot.layout_only:
         check_layout_only(nodes)
-    announce_compiling(engine, nodes)
+    compile_once(engine, nodes)
     with progress_bar() as step:
         rebuilt = rebuild(snapshot, nodes=nodes, batch_pages=batch_pages, protocol=protocol, copy_kernel=engine.path_kernel,
                           progress=step("rebuilding"))
         moved = move_process(rebuilt, engine, move_all=move_all, validate=validate)
     result = result_of(moved)
-    if json != "-":
-        print_result(result, console())
-    if json:
-        write_json(json, result)
+    deliver(json, result, lambda: show(result_parts(result)))
     return 0 if moved.verified else 1
 
 
@@ -69,28 +67,31 @@ def snapshot_job(*, pid, output, layout_only):
     """`offload snapshot`; the exit status."""
     from offload.workload.migrate_process import progress_bar
     pid = parse_pid(pid)
-    folder = os.path.dirname(os.path.abspath(output))
-    if os.path.isdir(output) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InvalidInput(f"-o {output!r} cannot be written; name a file in a folder that exists and is writable")
+    if output == "-":
+        raise InvalidInput("-o '-' is no file, and secrets are not for a pipe; name a file (./- for one of that name)")
+    check_output(output, "-o", private=True)
     with progress_bar() as step:
         snapshot = read_process(pid, layout_only=layout_only, progress=step(f"reading pid {pid}"))
     snap.save(snapshot, output)
-    out = console()
-    show = lambda text: out.print(text, soft_wrap=True, markup=False)
-    show(f"{output}: pid {snapshot.pid} ({snapshot.comm}), {snapshot.nr_pages} pages "
-         f"({format_size(snapshot.nr_pages * PAGE_SIZE)}{', layout only' if layout_only else ''}) in "
-         f"{len(snapshot.vmas)} mappings, {format_size(os.path.getsize(output))} written in mode 0600")
-    show("folios    " + (", ".join(f"{nr} x {format_size(PAGE_SIZE << order)}" for order, nr in snapshot.orders().items())
-                         or "none"))
-    for kind, pages in snapshot.skipped.items():
-        show(f"skipped   {pages} pages of {kind} mappings")
-    if snapshot.nr_swapped:
-        show(f"skipped   {snapshot.nr_swapped} pages in swap")
-    show(f"changed   {snapshot.nr_changed} pages while being read, {snapshot.nr_vanished} went away, "
-         f"{snapshot.nr_unreadable} could not be read")
-    for note in snapshot.notes:
-        show(f"note      {note}")
+    show(snapshot_lines(snapshot, output))
     return 0
+
+
+def snapshot_lines(snapshot, output):
+    """What is told of a snapshot that was written to the file ``output``."""
+    yield (f"{output}: pid {snapshot.pid} ({snapshot.comm}), {snapshot.nr_pages} pages "
+           f"({format_bytes(snapshot.nr_pages * PAGE_SIZE)}{', layout only' if snapshot.layout_only else ''}) in "
+           f"{len(snapshot.vmas)} mappings, {format_bytes(os.path.getsize(output))} written in mode 0600")
+    yield "folios    " + (", ".join(f"{nr} x {format_size(PAGE_SIZE << order)}" for order, nr in snapshot.orders().items())
+                          or "none")
+    for kind, pages in snapshot.skipped.items():
+        yield f"skipped   {pages} pages of {kind} mappings"
+    if snapshot.nr_swapped:
+        yield f"skipped   {snapshot.nr_swapped} pages in swap"
+    yield (f"changed   {snapshot.nr_changed} pages while being read, {snapshot.nr_vanished} went away, "
+           f"{snapshot.nr_unreadable} could not be read")
+    for note in snapshot.notes:
+        yield f"note      {note}"
 
 
 def parse_pid(text):

@@ -13,15 +13,15 @@ import time
 import numpy as np
 
 from offload.errors import BrokenInvariant
-from offload.jit import COMPILE_S, JIT_DISABLED, cache_folder, exit_on_interrupt
+from offload.jit import exit_on_interrupt
 from offload.kernels.checksum import checksum_pages
 from offload.mm.memmap import FIRST_PFN, FRAMES_TOGETHER, PG_locked, PG_swapcache, PG_writeback
 from offload.syscalls import NOT_WRITTEN
-from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_size
+from offload.units import EACCES, EBUSY, EFAULT, ENOENT, ENOMEM, PAGE_SIZE, format_bytes, format_size
 from offload.workload import snapshot as snap
 from offload.workload.rebuild import KINDS, compare_pages, locate_pages, rebuild
 
-__all__ = ("Moved", "move_process", "result_of", "print_result", "announce_compiling", "progress_bar")
+__all__ = ("Moved", "move_process", "result_of", "result_parts", "compile_once", "progress_bar")
 
 MOVED, FAILED, SKIPPED = 0, 1, 2
 OUTCOMES = ("moved", "failed", "skipped")
@@ -312,70 +312,71 @@ def result_of(moved):
     }
 
 
-def print_result(result, out):
-    """Tell a person; ``out`` is a console of `report.console`."""
+def result_parts(result):
+    """What is told a person, for `report.show`: lines of text and tables."""
     from offload.report import table
 
     manifest = result["manifest"]
-    show = lambda text: out.print(text, soft_wrap=True, markup=False)
-    show(f"pid {manifest['pid']} ({manifest['comm']}), read {manifest['taken']} on Linux {manifest['kernel']}"
-         f"{': layout only' if manifest['layout_only'] else ''}")
-    show(f"engine {manifest['engine']}: migrator {manifest['migrator'] or 'none'}, copy kernel {manifest['copy_kernel']}, "
-         f"{manifest['threads']} thread{'s' * (manifest['threads'] > 1)}, batch limit {manifest['batch_pages']} pages; "
-         f"protocol {manifest['protocol']}, MIGRATE_SYNC, {manifest['reason']}, "
-         f"{'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
+    yield (f"pid {manifest['pid']} ({manifest['comm']}), read {manifest['taken']} on Linux {manifest['kernel']}"
+           f"{': layout only' if manifest['layout_only'] else ''}")
+    yield (f"engine {manifest['engine']}: migrator {manifest['migrator'] or 'none'}, copy kernel {manifest['copy_kernel']}, "
+           f"{manifest['threads']} thread{'s' * (manifest['threads'] > 1)}, batch limit {manifest['batch_pages']} pages; "
+           f"protocol {manifest['protocol']}, MIGRATE_SYNC, {manifest['reason']}, "
+           f"{'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
     if manifest["nodes"][0] != manifest["nodes"][1] or manifest["nodes"][0] not in ("host", "nowhere"):
-        show(f"nodes {','.join(manifest['nodes'])}")
+        yield f"nodes {','.join(manifest['nodes'])}"
     if manifest["note"]:
-        show(manifest["note"])
-    show("")
+        yield manifest["note"]
+    yield ""
     names = ("pages_seen", "pages_moved", "pages_failed", "pages_skipped")
     rows = [(kind, *(counts[name] for name in names)) for kind, counts in result["kinds"].items()]
     rows.append(("all", *(result[name] for name in names)))
-    out.print(table("pages of 4K", ("memory", "seen", "moved", "failed", "skipped"), rows,
-                    right=("seen", "moved", "failed", "skipped")))
+    yield table("pages of 4K", ("memory", "seen", "moved", "failed", "skipped"), rows,
+                right=("seen", "moved", "failed", "skipped"))
     reasons = [(kind, pages, why) for kind, counts in result["kinds"].items() for why, pages in counts["reasons"].items()]
     if reasons:
-        show("")
-        out.print(table("why not", ("memory", "pages", "reason"), reasons, right=("pages",)))
-    show("")
-    out.print(table("folios", ("size", "seen", "rebuilt", "moved", "failed", "skipped"),
-                    [(format_size(PAGE_SIZE << int(order)), *counts.values()) for order, counts in result["orders"].items()],
-                    right=("size", "seen", "rebuilt", "moved", "failed", "skipped")))
-    show("")
+        yield ""
+        yield table("why not", ("memory", "pages", "reason"), reasons, right=("pages",))
+    yield ""
+    yield table("folios", ("size", "seen", "rebuilt", "moved", "failed", "skipped"),
+                [(format_size(PAGE_SIZE << int(order)), *counts.values()) for order, counts in result["orders"].items()],
+                right=("size", "seen", "rebuilt", "moved", "failed", "skipped"))
+    yield ""
     stats = result["stats"]
-    show(f"calls     {result['calls']['move_pages']} of move_pages(2), {result['calls']['migrate_pages']} of "
-         f"migrate_pages(): nr_succeeded={stats['nr_succeeded']} nr_failed={stats['nr_failed_pages']} "
-         f"nr_thp_succeeded={stats['nr_thp_succeeded']} nr_thp_failed={stats['nr_thp_failed']} "
-         f"nr_thp_split={stats['nr_thp_split']} nr_split={stats['nr_split']}")
+    yield (f"calls     {result['calls']['move_pages']} of move_pages(2), {result['calls']['migrate_pages']} of "
+           f"migrate_pages(): nr_succeeded={stats['nr_succeeded']} nr_failed={stats['nr_failed_pages']} "
+           f"nr_thp_succeeded={stats['nr_thp_succeeded']} nr_thp_failed={stats['nr_thp_failed']} "
+           f"nr_thp_split={stats['nr_thp_split']} nr_split={stats['nr_split']}")
     phases = result["phases_ns"]
     rest = max(result["wall_ns"] - sum(phases.values()), 0)
-    show(f"time      {_ms(result['wall_ns'])} = " + " + ".join(f"{name} {_ms(ns)}" for name, ns in phases.items())
-         + f" + looking up, isolating and the rest {_ms(rest)}; CPU {_ms(result['cpu_s'] * 1e9)}")
+    yield (f"time      {_ms(result['wall_ns'])} = " + " + ".join(f"{name} {_ms(ns)}" for name, ns in phases.items())
+           + f" + looking up, isolating and the rest {_ms(rest)}; CPU {_ms(result['cpu_s'] * 1e9)}")
     if result["cpu_s"] * 1e9 < 0.8 * result["wall_ns"]:
-        show("          the mover waited for a CPU: other work was running, and the times contain it")
+        yield "          the mover waited for a CPU: other work was running, and the times contain it"
     blocked = result["blocked_ns"]
-    show("blocked   a folio, " + ", ".join(f"{name} {blocked[name] / 1e3:.1f} us" for name in blocked))
+    yield "blocked   a folio, " + ", ".join(f"{name} {blocked[name] / 1e3:.1f} us" for name in blocked)
     if result["gbps"] is None:
-        show("rate      none: " + ("metadata only, no byte is there" if manifest["layout_only"] else "nothing moved"))
+        yield "rate      none: " + ("metadata only, no byte is there" if manifest["layout_only"] else "nothing moved")
     else:
-        show(f"rate      {result['gbps']:.2f} GB/s over the whole call, "
-             + (f"{result['copy_gbps']:.2f} GB/s over the copy alone" if result["copy_gbps"] else "no copy")
-             + f" ({format_size(result['moved_bytes'])} arrived)")
-    show(f"process   VmPin {result['vm_pin_kib']} KiB, VmLck {result['vm_lck_kib']} KiB; {result['pages_changed']} pages "
-         f"changed while being read")
+        yield (f"rate      {result['gbps']:.2f} GB/s over the whole call, "
+               + (f"{result['copy_gbps']:.2f} GB/s over the copy alone" if result["copy_gbps"] else "no copy")
+               + f" ({format_bytes(result['moved_bytes'])} arrived)")
+    yield (f"process   VmPin {result['vm_pin_kib']} KiB, VmLck {result['vm_lck_kib']} KiB; {result['pages_changed']} pages "
+           f"changed while being read")
     for note in result["notes"]:
-        show(f"note      {note}")
+        yield f"note      {note}"
     if result["verified"]:
-        show(f"verified  {result['verified_what']} of every page that was moved or left"
-             + ("; no bytes, as the snapshot has none" if manifest["layout_only"] else ""))
+        what, _, books = result["verified_what"].partition(", ")
+        yield (f"verified  {what} of every page that was moved or left"
+               + ("; no bytes, as the snapshot has none" if manifest["layout_only"] else "")
+               + ("; the machine's books add up" if books else ""))
     else:
         shown = result["bad_addresses"]
         if result["bad_pages"]:
-            show(f"WRONG     {result['bad_pages']} pages do not verify ({result['verified_what']}): {', '.join(shown)}"
-                 f"{', ...' if result['bad_pages'] > len(shown) else ''}")
+            yield (f"WRONG     {result['bad_pages']} pages do not verify ({result['verified_what']}): {', '.join(shown)}"
+                   f"{', ...' if result['bad_pages'] > len(shown) else ''}")
         if result["invalid"]:
-            show(f"WRONG     the machine's books: {result['invalid']}")
+            yield f"WRONG     the machine's books: {result['invalid']}"
 
 
 def _ms(ns):
@@ -384,16 +385,11 @@ def _ms(ns):
 
 # --- waiting -------------------------------------------------------------------------------------------------
 
-def announce_compiling(engine, nodes=("host", "host")):
-    """Compile what the job needs, if need be with a line on standard error: a tiny process goes all the way."""
-    mark = None if JIT_DISABLED else cache_folder() / "warm-migrate"
-    if mark is not None and not mark.exists():
-        print(f"compiling once, about {COMPILE_S} s", file=sys.stderr, flush=True)
+def compile_once(engine, nodes=("host", "host")):
+    """Compile what the job needs, or load it from the cache: a tiny process goes all the way."""
     with exit_on_interrupt():
         for nr_pages in (1, 65):                    # fewer folios than threads, and more
             move_process(rebuild(_tiny_snapshot(nr_pages), nodes=nodes), engine, move_all=True)
-    if mark is not None:
-        mark.touch()
 
 
 def _tiny_snapshot(nr_pages):

@@ -17,7 +17,6 @@ line. The bytes of a process hold its secrets: the file is readable by its owner
 import dataclasses
 import json
 import os
-import secrets
 import stat
 import struct
 import warnings
@@ -27,6 +26,7 @@ import zlib
 import numpy as np
 
 from offload.errors import BrokenInvariant, ForeignFile, InvalidInput, NotPermitted, OffloadError, OutOfMemory
+from offload.outfile import write_output
 from offload.units import PAGE_SHIFT, PAGE_SIZE, format_size
 
 __all__ = (
@@ -304,46 +304,7 @@ def save(snapshot, path):
     written; OffloadError with the host's errno for anything else, a full disk above all.
     """
     validate_snapshot(snapshot)
-    path = os.fspath(path)
-    directory = os.path.dirname(path) or "."
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise InvalidInput(f"{path!r} is not a regular file and would be replaced; give the snapshot another name")
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise _save_error(error, path) from error
-    temporary = os.path.join(directory, f".offload-snapshot-{secrets.token_hex(8)}.tmp")
-    try:
-        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            with open(fd, "wb") as file:
-                os.fchmod(fd, 0o600)      # whatever the umask took away
-                _write(snapshot, file)
-                file.flush()
-                os.fsync(fd)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
-    except OSError as error:
-        raise _save_error(error, path) from error
-
-
-def _save_error(error, path):
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    if isinstance(error, PermissionError):
-        return NotPermitted(f"cannot write {path!r}: {reason}; choose a directory of your own")
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return InvalidInput(f"cannot write {path!r}: {reason}; the directory must be there")
-    other = OffloadError(f"cannot write {path!r}: {reason}; nothing was left there")
-    other.errno = error.errno or other.errno
-    return other
+    write_output(path, lambda file: _write(snapshot, file), "the snapshot", private=True)
 
 
 def _write(snapshot, file):
