@@ -4,19 +4,25 @@ The same classes run on the stub of the driver in tests/test_cuda_engines.py. No
 all of it is skipped, with the reason of the probe.
 """
 
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
-from conftest import World, on_duty
+from conftest import World, on_duty, random_bytes
 from dma_conformance import DmaConformance
 from kernel_conformance import GUARD_FRAMES, KernelConformance, scattered_plan, verdicts
 
 from offload.calibration import AutoBackend, open_calibration
 from offload.engines import parse_engine
+from offload.errors import InvalidInput, OutOfMemory
 from offload.experiment.alone import AloneConfig, run_alone
 from offload.experiment.alone_tables import unverified_cells
+from offload.experiment.bench import run_bench
+from offload.experiment.config import BenchConfig
+from offload.experiment.tables import unverified
 from offload.kernels.base import FRAME_SIZE
+from offload.kernels.checksum import checksum_pages
 from offload.kernels.cuda import open_device, probe, self_test, why_not
 from offload.kernels.cuda_engines import CudaBackend, CudaProvider, PinnedMemory
 from offload.kernels.cuda_timing import CudaTimer
@@ -174,21 +180,85 @@ class TestKernelProviderDevice(TestProviderDevice):
         return CudaProvider(open_device(), "cuda-kernel", 2)
 
 
-class TestMigration:
-    """The whole path over pinned frames."""
+PAIRS = [pair for pair in itertools.product(("host", "pinned", "device"), repeat=2) if pair != ("host", "host")]
 
-    @pytest.mark.parametrize("name", ["cuda-loop:2", "cuda-batch", "cuda-kernel", "auto"])
-    def test_every_byte_arrives(self, need, name):
+
+def world_of(nodes, pages=8192):
+    world = World.__new__(World)
+    world.machine = Machine(nodes=tuple(NodeConfig(pages, placement=placement) for placement in nodes), poison=True)
+    world.process, world.expected, world.held = world.machine.process(), [], []
+    return world
+
+
+class TestMigration:
+    """The whole path, in every pair of memories that an engine serves: there, and back."""
+
+    @pytest.mark.parametrize("nodes", PAIRS, ids=",".join)
+    @pytest.mark.parametrize("name", ["vanilla", "batch", "cuda-loop:2", "cuda-batch", "cuda-kernel", "auto"])
+    def test_every_byte_arrives(self, need, name, nodes):
         need(name.partition(":")[0])
-        engine = parse_engine(name, ("pinned", "pinned"))
-        world = World.__new__(World)
-        world.machine = Machine(nodes=(NodeConfig(8192, placement="pinned"),) * 2, poison=True)
-        world.process, world.expected, world.held = world.machine.process(), [], []
+        engine = parse_engine(name, nodes)
+        try:
+            engine.check_nodes(nodes)
+        except InvalidInput:
+            return
+        world = world_of(nodes)
         pfns = [*world.pfns(400), *world.pfns(60, 3), *world.pfns(8, 9)]
-        with on_duty(world.machine, engine.make_migrator()):
-            result = world.migrate(pfns)
-        assert result.rc == 0 and result.copies["batched"] == len(pfns)
+        migrator = engine.make_migrator()
+        with on_duty(world.machine, migrator) if migrator else contextlib.nullcontext():
+            result = world.migrate(np.random.default_rng(1).permutation(pfns))
+            assert result.rc == 0 and result.copies["batched"] == (len(pfns) if migrator else 0)
+            world.check()
+            back = world.migrate(world.machine.folios_of(world.process, world.expected[0][1], 400 * FRAME_SIZE), 0)
+        assert back.rc == 0
         world.check()
+
+
+class TestDeviceFrames:
+    """Faults, copy on write, swap, hugetlb and checksums where the CPU reads no byte."""
+
+    @pytest.mark.parametrize("nodes", [pair for pair in PAIRS if "device" in pair], ids=",".join)
+    def test_a_process(self, nodes):
+        world = world_of(nodes)
+        world.machine.swapon("1M")
+        address, _ = world.map(40)
+        fresh = world.process.mmap("256K")
+        assert world.process.read(fresh, 262144) == bytes(262144)
+        child = world.process.fork()
+        child.write(address + 5000, b"mine")
+        assert child.read(address + 4999, 6)[1:5] == b"mine"
+        child.exit()
+        world.process.swapout(address, 8 * FRAME_SIZE)
+        world.check()
+
+    def test_hugetlb(self):
+        machine = Machine(nodes=(NodeConfig(2048, placement="device", hugepages=1),) * 2)
+        process = machine.process()
+        address = process.mmap("2M", hugetlb=True)
+        content = random_bytes(2 << 20)
+        process.write(address, content)
+        assert machine.migrate_pages(machine.folios_of(process, address, 2 << 20), 1).rc == 0
+        assert process.read(address, 2 << 20) == content
+
+    def test_checksums(self):
+        """The kernel's are those of its NumPy twin."""
+        world = world_of(("device", "device"))
+        pfns = np.random.default_rng(3).permutation(world.pfns(5000))
+        frames = world.machine.frames
+        expected = checksum_pages(np.concatenate([frames.read(pfn, 1) for pfn in pfns.tolist()]))
+        assert np.array_equal(frames.checksums(pfns), expected)
+
+    def test_more_than_there_is(self):
+        with pytest.raises(OutOfMemory, match="free; make the nodes smaller"):
+            Machine(nodes=["1T"], placement="device")
+
+    @pytest.mark.parametrize("nodes", ["device,device", "pinned,device", "device,pinned"])
+    def test_bench(self, need, nodes):
+        for way in ("cuda-loop", "cuda-batch", "cuda-kernel"):
+            need(way)
+        config = BenchConfig.parse(size="64M", orders="0,9", engines="vanilla,cuda-loop:2,cuda-batch,cuda-kernel", repeat=1, warmup=0,
+                                   nodes=nodes)
+        assert unverified(run_bench(config)) == []
 
 
 class TestTimes:
