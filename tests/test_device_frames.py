@@ -588,7 +588,7 @@ class TestMigrateProcess:
         snap.save(snapshot_of(64), path)
         assert main(["migrate", str(path), "--nodes", "pinned,device", "--engine", "cuda-kernel", "--validate"]) == 0
         said = capsys.readouterr().out
-        assert "\nnodes pinned,device\n" in said and "verified  checksums and placement, books" in said
+        assert "\nnodes pinned,device\n" in said and "verified  checksums and placement of every page" in said
 
 
 class TestMover:
