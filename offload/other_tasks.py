@@ -116,18 +116,40 @@ class CpuFault(Waiting):
 class GupSlow(Waiting):
     """get_user_pages() of one page: a reference, kept until :meth:`put`. Faults, and so waits, as a CPU does.
 
-    Outcome "taken" (``page`` is the pfn), or "waiting".
+    ``write`` (FOLL_WRITE): the page is taken to be written to, so its entry must be writable; the holder may then
+    :meth:`write` until it drops the reference. Outcome "taken" (``page`` is the pfn), or "waiting".
     """
 
-    def __init__(self, process, address):
+    def __init__(self, process, address, write=False):
         super().__init__(process)
-        self.address, self.page = address, NO_PFN
+        self.address, self.page, self.to_write = address, NO_PFN, write
+        self.written = False                        # whether the holder has written
 
     def act(self):
-        if not self.fault_in(self.address, False):
+        if not self.fault_in(self.address, self.to_write):
             return "waiting"
         self.page = get_present_page(self.machine.table, self.process.mm, self.address)
         return "taken"
+
+    def write(self, data):
+        """Write bytes from ``address`` on into the page that is held, by the kernel's own mapping or a device: page tables
+        play no part, nobody faults. InvalidInput if it holds none, or not for writing, or beyond the page's end."""
+        start = self.address % PAGE_SIZE
+        if not self.to_write:
+            raise InvalidInput("this page was not taken to be written to; make the action with write=True")
+        if not self.page:
+            raise InvalidInput(f"no page is held (outcome {self.outcome!r}); write after it is taken and before put()")
+        if len(data) > PAGE_SIZE - start:
+            raise InvalidInput(f"{len(data)} bytes at {self.address:#x} do not lie in one page; a reference is to one page")
+        self.machine.frames.write(self.page, data, start)
+        self.written = True
+
+    def write_at(self, step, data, folio=None):
+        """Events that let the holder write the first time a call stands at ``step`` while it holds the page."""
+        def write_once(step, pfn):
+            if self.page and not self.written:
+                self.write(data)
+        return [Event(step, write_once, folio)]
 
     def put(self):
         """Drop the reference; allowed at any time."""
@@ -149,8 +171,8 @@ class GupFast(GupSlow):
     followed by what GupSlow did: "dropped, waiting", "slow, taken" ...
     """
 
-    def __init__(self, process, address, recheck_at=None):
-        super().__init__(process, address)
+    def __init__(self, process, address, recheck_at=None, write=False):
+        super().__init__(process, address, write)
         self.recheck_at = recheck_at
         self.way = ""
         self.entry = None
@@ -162,7 +184,9 @@ class GupFast(GupSlow):
     def act(self):
         if self.way:
             return f"{self.way}, {super().act()}"
-        self.page = get_present_page(self.machine.table, self.process.mm, self.address)
+        entry = entry_at(self.machine.table, self.process.mm, self.address)
+        if entry & PTE_WRITE or not self.to_write:
+            self.page = get_present_page(self.machine.table, self.process.mm, self.address)
         if not self.page:
             self.way = "slow"
             return self.act()
