@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from offload.errors import OutOfMemory
+from offload.errors import OutOfMemory, WouldHang
 from offload.migrate.call import STEPS, TargetControl
 from offload.migrate.pages import Event
 from offload.mm.address_space import add_to_swap_cache, truncate_folio
@@ -287,10 +287,13 @@ class FolioLevel:
         target = call.get("target", 1)
         if machine.mem.nodes.nr_pages[target] == 0:
             target = TargetControl(target)          # which may name a node without memory
-        result = machine.migrate_isolated(
-            self.list, target, mode=call.get("mode", "MIGRATE_ASYNC"),
-            reason=call.get("reason", "compaction"), pf_memalloc=call.get("pf_memalloc", False), events=events,
-            started=started, putback=False)
+        try:
+            result = machine.migrate_isolated(
+                self.list, target, mode=call.get("mode", "MIGRATE_ASYNC"),
+                reason=call.get("reason", "compaction"), pf_memalloc=call.get("pf_memalloc", False), events=events,
+                started=started, putback=False)
+        except WouldHang:
+            raise self.would_hang(call, copies.call("hang")) from None
         self.list = result.left
         left = [self.name_of(int(pfn)) for pfn in result.left]
         wrong = self.wrong_folios()
@@ -301,6 +304,14 @@ class FolioLevel:
             "nr_isolated": self.nr_isolated() - isolated, "tlb_flushes": result.tlb_flushes, "copies": result.copies,
             "vmstat": {key: value - vmstat[key] for key, value in machine.vmstat.items()}, "trace": list(result.trace),
             "folios": self.folio_facts(copies, wrong), "data_ok": not wrong}
+
+    def would_hang(self, call, pfn):
+        """The WouldHang for a call that waits for ever on folio ``pfn``, in the words of the file."""
+        given = self.locate(self.page_in[pfn])[0].given
+        key = "locked" if given.get("locked") == "forever" else "writeback"
+        i = next(i for i, one in enumerate(self.scenario["folios"]) if one is given)
+        return WouldHang(f'folios[{i}].{key}: "forever": {call.get("mode", "MIGRATE_ASYNC")} would sleep on folio {self.name_of(pfn)} '
+                         f'for ever, as the kernel would; write "until_wait", or call with MIGRATE_ASYNC')
 
     def on_move(self, step, pfn):
         self.moving = pfn

@@ -9,6 +9,7 @@ of the file is looked at last.
 """
 
 import contextlib
+import difflib
 import json
 import re
 
@@ -53,6 +54,12 @@ def shown(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def near(word, words):
+    """"did you mean X? " for the word that is most like a mistyped one; "" if none is."""
+    found = difflib.get_close_matches(word, words, 1) if isinstance(word, str) else []
+    return f"did you mean {found[0]}? " if found else ""
+
+
 def one_of(words):
     words = [str(one) for one in words]
     return "use one of: " + ", ".join(words[:30]) + (", ..." if len(words) > 30 else "")
@@ -76,17 +83,17 @@ def boolean(value, field):
         raise Fault(field, f"{shown(value)} is not a boolean", "write true or false")
 
 
-def text(pattern, what):
+def text(pattern, what, write):
     def check(value, field):
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise Fault(field, f"{shown(value)} is not {what}", f"write {what}")
+            raise Fault(field, f"{shown(value)} is not {what}", f"write {write}")
     return check
 
 
 def word(*words):
     def check(value, field):
         if not isinstance(value, str) or value not in words:
-            raise Fault(field, f"{shown(value)} is not known", one_of(words))
+            raise Fault(field, f"{shown(value)} is not known", near(value, words) + one_of(words))
     return check
 
 
@@ -97,15 +104,16 @@ def spelled(parse, *words):
             if isinstance(value, str):
                 parse(value)
                 return
-        raise Fault(field, f"{shown(value)} is not known", one_of(words))
+        raise Fault(field, f"{shown(value)} is not known", near(value, words) + one_of(words))
     return check
 
 
 def list_of(item, least=0):
     def check(value, field):
-        if not isinstance(value, list) or len(value) < least:
-            size = f" of at least {least}" if least else ""
-            raise Fault(field, f"{shown(value)} is not a list{size}", "write [...]")
+        if not isinstance(value, list):
+            raise Fault(field, f"{shown(value)} is not a list", "put it in [ ], also where it is only one")
+        if len(value) < least:
+            raise Fault(field, "is an empty list", f"add at least {least}")
         for i, entry in enumerate(value):
             item(entry, f"{field}[{i}]")
     return check
@@ -124,6 +132,11 @@ def list_or(items, single):
     return check
 
 
+def unknown_field(key, field, known):
+    """The Fault for a field that an object does not have."""
+    return Fault(field, "there is no such field here", near(key, known).strip() or "the fields here are: " + ", ".join(known))
+
+
 def record(required, optional, others=None):
     """An object. Fields of any other name are refused, unless ``others`` checks them."""
     known = {**required, **optional}
@@ -135,7 +148,7 @@ def record(required, optional, others=None):
         for key, entry in value.items():
             item = known.get(key, others)
             if item is None:
-                raise Fault(prefix + key, f"{shown(entry)} is in a field that is not known here", one_of(known))
+                raise unknown_field(key, prefix + key, known)
             item(entry, prefix + key)
         for key in required:
             if key not in value:
@@ -154,7 +167,7 @@ def by_op(kinds):
         if op is None:
             raise Fault(field + ".op", "is missing", one_of(checks))
         if not isinstance(op, str) or op not in checks:
-            raise Fault(field + ".op", f"{shown(op)} is not known here", one_of(checks))
+            raise Fault(field + ".op", f"{shown(op)} is not known here", near(op, checks) + one_of(checks))
         checks[op](value, field)
     return check
 
@@ -168,13 +181,13 @@ def anything(value, field):
 number = integer()
 count = integer(0)
 pages = integer(1, MAX_PAGES)
-line = text(r"[^\n]+", "a line of text")
-name = text(r"[^\s/:+\[\]]+", "a name without blanks and / : + [ ]")
-outcome = text(r"ok|E[A-Z0-9]+", '"ok" or an errno name')
-errno = text(r"E[A-Z0-9]+", "an errno name such as EBUSY")
-address = text(ADDRESS.pattern, "PROCESS:VMA+INDEX or PROCESS:VMA+FIRST..LAST (@BYTES may follow)")
-protection = text(r"r?w?x?", "a protection such as rw")
-flags = list_of(text(r"[A-Z0-9_]+", "a flag name such as MOVE"))
+line = text(r"[^\n]+", "a line of text", "a string without line breaks")
+name = text(r"[^\s/:+\[\]]+", "a name", "a string without blanks and / : + [ ]")
+outcome = text(r"ok|E[A-Z0-9]+", "an outcome", '"ok" or an errno such as "EBUSY"')
+errno = text(r"E[A-Z0-9]+", "the name of an errno", 'for instance "EBUSY", or null')
+address = text(ADDRESS.pattern, "a page address", "PROCESS:VMA+INDEX or PROCESS:VMA+FIRST..LAST (@BYTES may follow)")
+protection = text(r"r?w?x?", "a protection", 'some of r, w, x in this order, for instance "rw", or ""')
+flags = list_of(text(r"[A-Z0-9_]+", "the name of a flag", 'for instance "MOVE"'))
 
 machine = record({}, {
     "nodes": list_of(record({"pages": integer(0, MAX_PAGES)}, {"cpus": boolean}), 1), "thp_migration": boolean,
@@ -209,7 +222,7 @@ vma = record({"name": name, "pages": pages}, {
     "populate": list_or(list_of(count), word("write", "read", "none")), "mlock": boolean})
 
 process = record({"name": name}, {
-    "uid": count, "caps": list_of(text(r"CAP_[A-Z_]+", "a capability such as CAP_SYS_NICE")),
+    "uid": count, "caps": list_of(text(r"CAP_[A-Z_]+", "a capability", 'for instance "CAP_SYS_NICE"')),
     "mems_allowed": list_of(count), "vmas": list_of(vma)})
 
 file = record({"name": name}, {
@@ -268,8 +281,14 @@ RESULTS = {
     "read": record({}, {"data_ok": boolean}),
     "write": record({}, {"data_ok": boolean})}
 
-REQUIRED = {"format": integer(1, 1),
-            "name": text(r"([^\s/]+/)?[^\s/]+/[^\s/]+", "GROUP/WHAT or SUITE/GROUP/WHAT")}
+
+def version(value, field):
+    if type(value) is not int or value != 1:
+        raise Fault(field, f"{shown(value)} is a format that this version does not read", "it reads format 1")
+
+
+REQUIRED = {"format": version,
+            "name": text(r"([^\s/]+/)?[^\s/]+/[^\s/]+", "the name of a scenario", "GROUP/WHAT or SUITE/GROUP/WHAT")}
 OPTIONAL = {"source": line, "kernel": word("7.3", "mm-next", "6.12"), "machine": machine, "offload": offload,
             "expect": list_of(anything)}
 folio_scenario = record({**REQUIRED, "folios": list_of(folio), "calls": list_of(folio_call, 1)}, OPTIONAL)
@@ -467,8 +486,15 @@ class Processes:
 def check(scenario):
     """Check a scenario (the JSON object of a file). Raises Fault for the first thing that is wrong."""
     folio_level = isinstance(scenario, dict) and "folios" in scenario
+    if folio_level and "processes" in scenario:
+        raise Fault("processes", "a file has folios or processes, not both", "remove one, or make two files")
     if isinstance(scenario, dict) and not folio_level and "processes" not in scenario:
-        raise Fault("file", "has neither folios nor processes", "add one of them")
+        known = {**REQUIRED, **OPTIONAL, "folios": None, "processes": None, "calls": None, "files": None, "before": None}
+        for key in scenario:
+            if key not in known:
+                raise unknown_field(key, key, known)
+        raise Fault("file", "has neither folios nor processes", "add folios to call migrate_pages() on, or processes that make "
+                                                                "system calls")
     (folio_scenario if folio_level else process_scenario)(scenario, "")
     calls = scenario["calls"]
     nodes = scenario.get("machine", {}).get("nodes", DEFAULT_NODES)

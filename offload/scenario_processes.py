@@ -11,10 +11,11 @@ swap device, lead to. Looking faults nothing in.
 
 import dataclasses
 import errno
+import re
 
 import numpy as np
 
-from offload.errors import OffloadError, OutOfMemory
+from offload.errors import BadAddress, OffloadError, OutOfMemory
 from offload.migrate.call import STEPS
 from offload.migrate.pages import Event
 from offload.mm.memmap import FIRST_PFN, NO_PFN
@@ -31,6 +32,9 @@ from offload.units import HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE
 __all__ = ("ProcessLevel", "check_process_level")
 
 SEED = 0x70726f63                   # of the bytes in memory
+PAGE = re.compile(r"(?:address|page) (0x[0-9a-f]+)(?: of process '[^']*')?")
+PROCESS = re.compile(r"process '([^']*)'")
+CALL = re.compile(r"(?:calls|before)\[[0-9]+\]")
 NOWHERE = PAGE_SIZE                 # an address that no vma of a scenario has
 FLAG_BITS = {"STRICT": MPOL_MF_STRICT, "MOVE": MPOL_MF_MOVE, "MOVE_ALL": MPOL_MF_MOVE_ALL, "LAZY": 1 << 3,
              "INTERNAL": 1 << 4}
@@ -233,7 +237,21 @@ class ProcessLevel:
         except OutOfMemory as error:
             raise Fault(field, str(error), "give the nodes more pages") from None
         except OffloadError as error:
-            raise Fault(field, str(error), "correct it") from None
+            owner = PROCESS.search(str(error))
+            text = PAGE.sub(lambda found: self.page_name(found, owner[1]), str(error)) if owner else str(error)
+            if text != str(error) and CALL.fullmatch(field):
+                field += ".at"
+            fault, _, remedy = text.partition("; ")
+            forbidden = "leave it out, or give the VMA another prot" if isinstance(error, BadAddress) else "correct it"
+            raise Fault(field, fault, remedy or forbidden) from None
+
+    def page_name(self, found, owner):
+        """How the file names the page of an address in a message; the words found if it has no name for it."""
+        address = int(found[1], 16)
+        for name, area in self.areas.get(owner, {}).items():
+            if 0 <= address - area.address < area.nr_pages * PAGE_SIZE:
+                return f"{owner}:{name}+{(address - area.address) // PAGE_SIZE}"
+        return found[0]
 
     # --- operations -------------------------------------------------------------------------------------------
 
@@ -252,7 +270,7 @@ class ProcessLevel:
         elif op == "mmap":
             self.map(given["process"], given["vma"], field + ".vma")
         elif op == "ksm_merge":
-            self.merge([page for at in given["pages"] for page in self.pages(at)], field)
+            self.merge([page for at in given["pages"] for page in self.pages(at)], field + ".pages")
         else:
             process, area, first, nr = self.pages_of(given["at"])
             self.operate_on(op, given, process, area, first, nr, field)

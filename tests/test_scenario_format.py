@@ -31,11 +31,17 @@ def with_folio(**fields):
 
 WRONG = [
     ([], "file: [] is not an object; write {...}"),
-    ({"format": 1, "name": "t/x"}, "file: has neither folios nor processes; add one of them"),
-    (folio_file(format=2), "format: 2 is too large; write 1 or less"),
-    (folio_file(name="x"), 'name: "x" is not GROUP/WHAT or SUITE/GROUP/WHAT; write GROUP/WHAT or SUITE/GROUP/WHAT'),
+    ({"format": 1, "name": "t/x"}, "file: has neither folios nor processes; add folios to call migrate_pages() on, or "
+     "processes that make system calls"),
+    ({"format": 1, "name": "t/x", "folio": []}, "folio: there is no such field here; did you mean folios?"),
+    ({"format": 1, "name": "t/x", "callz": []}, "callz: there is no such field here; did you mean calls?"),
+    (folio_file(format=2), "format: 2 is a format that this version does not read; it reads format 1"),
+    (folio_file(name="x"), 'name: "x" is not the name of a scenario; write GROUP/WHAT or SUITE/GROUP/WHAT'),
     (folio_file(kernel="5.4"), 'kernel: "5.4" is not known; use one of: 7.3, mm-next, 6.12'),
-    (with_folio(colour="red"), None),
+    (with_folio(extra_ref=1), "folios[0].extra_ref: there is no such field here; did you mean extra_refs?"),
+    (with_folio(locked="until_wat"),
+     'folios[0].locked: "until_wat" is not known; did you mean until_wait? use one of: no, until_wait, forever'),
+    (folio_file(folios={"name": "f"}), 'folios: {"name": "f"} is not a list; put it in [ ], also where it is only one'),
     (with_folio(order="9"), 'folios[0].order: "9" is not an integer; write a whole number'),
     (with_folio(order=-1), "folios[0].order: -1 is too small; write 0 or more"),
     (with_folio(order=10), "folios[0].order: 10: no folio of kind anon is larger than one PMD; use 0 to 9"),
@@ -59,15 +65,17 @@ WRONG = [
     (folio_file(folios=[{"name": "f"}, {"name": "f"}]), "folios: f occurs twice; rename or remove one"),
     (folio_file(folios=[{}]), "folios[0].name: is missing; add it"),
     (with_folio(kind="hugetlb", mlocked=True), "folios[0].mlocked: true: hugetlb memory is never mlocked; remove it"),
-    (folio_file(calls=[]), "calls: [] is not a list of at least 1; write [...]"),
+    (folio_file(calls=[]), "calls: is an empty list; add at least 1"),
     (folio_file(calls=[{"op": "mbind"}]), 'calls[0].op: "mbind" is not known here; use one of: migrate_pages'),
     (folio_file(calls=[{"op": "migrate_pages", "target": 7}]),
      "calls[0].target: there is no node 7; define it or use one of: 0, 1"),
     (folio_file(expect=[]), "expect: has 0 entries for 1 calls; write one per call"),
     (folio_file(expect=[{"left": ["g"]}]), "expect[0].left: there is no folio g; define it or use one of: f"),
     (folio_file(expect=[{"left": ["f/0"]}]), "expect[0].left: f/0 is no piece of a large folio; correct it"),
-    (folio_file(machine={"nodes": []}), "machine.nodes: [] is not a list of at least 1; write [...]"),
-    (folio_file(processes=[]), None),
+    (folio_file(machine={"nodes": []}), "machine.nodes: is an empty list; add at least 1"),
+    (folio_file(processes=[]), "processes: a file has folios or processes, not both; remove one, or make two files"),
+    (process_file(calls=[{"op": "migrate_pages"}]), 'calls[0].op: "migrate_pages" is not known here; did you mean '
+     'migrate_pages_syscall? use one of: move_pages, migrate_pages_syscall, mbind, read, write'),
     (process_file(before=[{"op": "fork", "process": "q", "child": "c"}]),
      "before[0].process: there is no process q; define it or use one of: p"),
     (process_file(calls=[{"op": "move_pages", "caller": "p", "pages": ["p:a+9"], "nodes": 1}]),
@@ -75,7 +83,7 @@ WRONG = [
     (process_file(calls=[{"op": "move_pages", "caller": "p", "pages": ["p:a+0"], "nodes": [1, 1]}]),
      "calls[0].nodes: has 2 entries for 1 pages; write one per page or one number for all"),
     (process_file(calls=[{"op": "move_pages", "caller": "p", "pages": ["a+0"], "nodes": 1}]),
-     'calls[0].pages[0]: "a+0" is not PROCESS:VMA+INDEX or PROCESS:VMA+FIRST..LAST (@BYTES may follow); write '
+     'calls[0].pages[0]: "a+0" is not a page address; write '
      'PROCESS:VMA+INDEX or PROCESS:VMA+FIRST..LAST (@BYTES may follow)'),
 ]
 
@@ -151,6 +159,17 @@ def places(value, path=()):
 
 JUNK = st.sampled_from([None, True, -1, 0, 3, 10**30, 1.5, "", "f", "EAGAIN", "p:a+0", "\ud800\n", [], [1], {}, {"op": 1},
                         [[]], {"name": "f"}])
+
+
+class TestNearMiss:
+    """A field that nothing resembles is answered with all fields there are, none cut off."""
+
+    def test_all_are_listed(self):
+        with pytest.raises(Fault) as caught:
+            check(with_folio(colour="red"))
+        start, _, fields = str(caught.value).partition("the fields here are: ")
+        assert start == "folios[0].colour: there is no such field here; "
+        assert fields.split(", ")[:2] == ["name", "count"] and fields.endswith("orphan_subpool")
 
 
 class TestMutations:
