@@ -118,6 +118,50 @@ class TestGup:
         fast.put(), slow.put()
         world.check()
 
+    @pytest.mark.parametrize("make", [GupFast, GupSlow])
+    def test_a_holder_writes_by_its_reference(self, world, make):
+        """Into the source while that is unmapped: what is copied later takes the bytes along; nobody faults."""
+        address, pfn = one(world)
+        gup = make(world.process, address + 8, write=True)
+        result = world.migrate([pfn], events=[*gup.at("unmap"), *gup.write_at("flushed", b"new"), *gup.put_at("move_failed")])
+        assert (gup.outcome, gup.written, gup.page, result.rc) == ("taken", True, 0, 0)
+        content = world.expected[0][2]
+        world.expected[0] = (world.process, address, content[:8] + b"new" + content[11:])
+        world.check()
+
+    def test_it_writes_once_and_only_while_it_holds_the_page(self, world):
+        address, pfns = world.map(3)
+        gup = GupFast(world.process, address, write=True)
+        with pytest.raises(InvalidInput, match="no page is held"):
+            gup.write(b"x")
+        events = [*gup.write_at("unmapped", b"x", pfns[2]), *gup.write_at("unmap", b"y"), *gup.at("move")]
+        assert world.migrate(pfns, events=events).rc == 0
+        assert gup.outcome == "slow, taken" and not gup.written, "it got the destination, after the last of these steps"
+        gup.write(b"z")
+        assert world.process.read(address, 1) == b"z"
+        with pytest.raises(InvalidInput, match="do not lie in one page"):
+            gup.write(bytes(4097))
+        gup.put()
+
+    def test_a_page_taken_for_reading_is_not_written(self, world):
+        address, pfn = one(world)
+        gup = GupFast(world.process, address)
+        world.migrate([pfn], events=gup.at("unmap"))
+        with pytest.raises(InvalidInput, match="write=True"):
+            gup.write(b"x")
+        gup.put()
+
+    def test_for_writing_a_shared_page_is_broken_first(self, world):
+        """After fork() no entry is writable: the fast way fails, the slow one gets a copy of the process's own."""
+        address, (pfn, other) = world.map(2)
+        child = world.process.fork()
+        gup = GupFast(world.process, address, write=True)
+        assert world.migrate([other], events=gup.at("unmap")).rc == 0
+        assert gup.outcome == "slow, taken" and gup.page != pfn
+        gup.write(b"new")
+        assert world.process.read(address, 3) == b"new" and child.read(address, 3) == world.expected[0][2][:3]
+        gup.put()
+
     @pytest.mark.parametrize("recheck, outcome", [("unmapped", "dropped, taken"), ("unmap", "taken")])
     def test_fast_looks_twice(self, world, recheck, outcome):
         """It took its reference before the entry was cleared, sees that it changed, and drops it: the move goes on."""

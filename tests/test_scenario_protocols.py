@@ -1,8 +1,11 @@
 """``offload run --protocol`` and ``--trace``: where v4 loses a write and v6 does not can be read off."""
 
+import contextlib
+import io
 import json
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -11,6 +14,8 @@ from offload.scenario import run_scenario
 from offload.units import PROTOCOLS
 from test_protocols import LATE, ROWS, b
 
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "protocols.md").read_text()
 RULES = pathlib.Path(__file__).parent / "scenarios" / "rules"
 ONE_RETRY = str(RULES / "offload-early-ref-writes-one-retry-v4.json")
 NO_RETRY = str(RULES / "offload-early-ref-writes-no-retry-v4.json")
@@ -214,3 +219,51 @@ class TestWrongData:
         assert result["data_ok"] and "f/2" in result["folios"]
         level.machine.frames.view(int(level.stretches[0].holder[2]), 1)[:] = 1
         assert level.wrong_folios() == ["f/2"]
+
+
+class TestPage:
+    """docs/protocols.md: what it says that one types gives what it shows, and every file that it names is there."""
+
+    CONSOLE = re.findall(r"```console\n\$ offload (.*)\n([^`]*)```", PAGE)
+
+    @pytest.mark.parametrize("command, shown", CONSOLE, ids=[command[:40] for command, _ in CONSOLE])
+    def test_commands(self, monkeypatch, capsys, command, shown):
+        monkeypatch.chdir(ROOT)
+        command, _, filtered = command.partition(" | grep ")
+        assert main(shlex.split(command)) == 0
+        lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        if filtered:
+            lines = [line for line in lines if re.search(shlex.split(filtered)[0], line)]
+        assert lines == shown.splitlines()
+
+    def test_there_are_some(self):
+        assert len(self.CONSOLE) == 3
+
+    def test_python(self):
+        """v4 loses the write of a GUP holder, v6 keeps it."""
+        program, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL).groups()
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(program, {})                       # noqa: S102 it is ours
+        assert out.getvalue() == shown
+        v4, v6 = shown.splitlines()
+        assert v4.endswith(r"b'\x00\x00\x00'") and v6.endswith("b'new'")
+
+    ROW = re.findall(r"^\| (\d+) \| (.*) \|$", PAGE.partition("## Files")[2].partition("## Hazards")[0], re.MULTILINE)
+
+    def test_every_row_has_its_files(self):
+        assert [int(row) for row, _ in self.ROW] == list(range(1, 19))
+
+    @pytest.mark.parametrize("row, names", ROW[:-1])
+    def test_files(self, row, names):
+        """Between them the files of a row are of all four protocols."""
+        found = set()
+        for folder, stem, ending in re.findall(r"`(rules|own)/([a-z0-9-]+?)(-\*|-v5|-v6|-off)?`", names):
+            paths = list((ROOT / "tests" / "scenarios" / folder).glob(f"{stem}{ending.replace('*', '[vf]*') or ''}.json"))
+            paths = [path for path in paths if re.fullmatch(f"{stem}-(v4|flags|v5|v6|off)", path.stem)]
+            assert paths, (folder, stem, ending)
+            found |= {path.stem.rpartition("-")[2] for path in paths}
+        assert found - {"off"} == set(PROTOCOLS)
+        if "`-off`" in names:
+            stem = re.search(r"`rules/([a-z0-9-]+?)-(\*|v6)`", names)[1]
+            assert (RULES / f"{stem}-off.json").exists()
