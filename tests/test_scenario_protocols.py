@@ -267,3 +267,19 @@ class TestPage:
         if "`-off`" in names:
             stem = re.search(r"`rules/([a-z0-9-]+?)-(\*|v6)`", names)[1]
             assert (RULES / f"{stem}-off.json").exists()
+
+
+class TestReadme:
+    def test_python(self, capsys):
+        """The blocks of "From Python" are one program, and print what their comments say."""
+        text = (ROOT / "README.md").read_text().partition("## From Python")[2]
+        program = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+        exec(program, {})                           # noqa: S102 it is ours
+        said = re.findall(r"print\(.*\)   # (.*)", program)
+        printed = capsys.readouterr().out.splitlines()
+        assert said and set(said) <= set(printed)
+
+    def test_command(self, monkeypatch):
+        text = (ROOT / "README.md").read_text()
+        monkeypatch.chdir(ROOT)
+        assert main(shlex.split(re.search(r"^\.venv/bin/offload (run --protocol .*)$", text, re.MULTILINE)[1])) == 0
