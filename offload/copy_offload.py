@@ -48,6 +48,8 @@ class FolioBatch(NamedTuple):
     frames: object
     """Address that the first byte of pfn 0 would have: pfn ``p`` lies at ``frames + p * 4096``. On a machine whose nodes lie
     apart it is its NodeFrames instead (mm/far_frames.py). :meth:`plan` serves both."""
+    nr_cut: int = 0
+    """Folios that follow in the list and were cut off: a CPU meets a machine check at the first of them."""
 
     def plan(self, entries=slice(None)):
         """The CopyPlan of these entries: what a backend or a DMA channel takes."""

@@ -370,7 +370,7 @@ def offload_copy(machine, call, nr_batch):
         nr = int(unreadable[0]) if len(unreadable) else nr
     dst, src, order, done = (array[:nr] for array in (call.pair_dst, call.pair_src, call.pair_order, call.pair_done))
     if frames.kind == FRAMES_TOGETHER:
-        rc = offload.offload_copy(FolioBatch(dst, src, order, frames.address), done)
+        rc = offload.offload_copy(FolioBatch(dst, src, order, frames.address, nr_batch - nr), done)
     else:
         frames.drain()
         try:
@@ -378,7 +378,7 @@ def offload_copy(machine, call, nr_batch):
                 plain(call.state)["cpu_batches"] += 1
                 rc = frames.mc_copy(int(mem.sys.copy_kernel[0]), dst, src, order, done)
             else:
-                rc = offload.offload_copy(FolioBatch(dst, src, order, frames), done)
+                rc = offload.offload_copy(FolioBatch(dst, src, order, frames, nr_batch - nr), done)
             if rc:
                 frames.check_device()
         finally:

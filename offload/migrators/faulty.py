@@ -44,9 +44,9 @@ class FaultyMigrator:
     def offload_copy(self, batch, done):
         if self.declines:
             return -EOPNOTSUPP
-        if self.fails_after is None or self.fails_after >= len(batch.src):
+        if self.fails_after is None or self.fails_after >= len(batch.src) + batch.nr_cut:
             return self.migrator.offload_copy(batch, done)
-        nr = self.fails_after
+        nr = min(self.fails_after, len(batch.src))
         self.migrator.offload_copy(FolioBatch(batch.dst[:nr], batch.src[:nr], batch.order[:nr], batch.frames), done[:nr])
         if self.marks == "none":
             done[:nr] *= WRITTEN_UNMARKED
