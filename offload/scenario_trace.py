@@ -10,6 +10,7 @@ from offload.mm.memmap import (
     PG_active, PG_deferred_list, PG_dirty, PG_hugetlb, PG_hugetlb_subpool, PG_hwpoison, PG_ksm, PG_locked, PG_mlocked,
     PG_movable_ops, PG_partially_mapped, PG_private, PG_referenced, PG_swapbacked, PG_swapcache, PG_uptodate, PG_writeback,
 )
+from offload.units import ENOMEM
 
 __all__ = ("Steps",)
 
@@ -219,8 +220,10 @@ class Steps:
             why = "not unmapped: -EHWPOISON"
         elif folio.mapping == 0 and folio.page_flags & (PG_movable_ops | PG_swapcache) == 0:
             why = "not unmapped: -EAGAIN, truncated; its buffers are freed if they can be"
-        else:
+        elif self.copies.call("saved") == -ENOMEM:
             why = "not unmapped: -ENOMEM, no destination"
+        else:
+            why = "not unmapped"
         self.lines.append(f"  {name}: {why}")
 
     def end(self, result, left, wrong=()):

@@ -122,6 +122,11 @@ class TestTrace:
         assert of(lines, "f")[-1].startswith("move: not to be tried again")
         assert any("kept out of the batch copy: a movable_ops page" in line for line in of(lines, "m"))
 
+    @pytest.mark.parametrize("mode", ["MIGRATE_ASYNC", "MIGRATE_SYNC"])
+    def test_no_destination(self, mode):
+        lines, result = traced("v6", b(alloc="fail"), mode=mode)
+        assert of(lines, "b")[-1] == "not unmapped: -ENOMEM, no destination" and result["rc"] == -12
+
     def test_unmapped_folios_have_no_entries(self):
         lines, _ = traced("off", [{"name": "f", "kind": "file", "maps": 0}])
         assert not any("migration entries" in line or "entries point" in line for line in of(lines, "f"))
