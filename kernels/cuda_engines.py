@@ -93,11 +93,11 @@ class Device:
         """copy_folios()."""
         return self.kernel("copy_folios")
 
-    def fail(self, engine, error):
-        """Take the device out of service; the first time it is said."""
+    def fail(self, engine, error, then="the path copies folio by folio from here on"):
+        """Take the device out of service; the first time it is said, and what comes of it."""
         if self.fault is None:
             self.fault = str(error)
-            self._say(f"offload: {engine} on {self.name} is out of service: {error}; the path copies folio by folio from here on")
+            self._say(f"offload: {engine} on {self.name} is out of service: {error}; {then}")
 
 
 class PinnedMemory:

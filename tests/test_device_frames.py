@@ -509,12 +509,51 @@ class TestFaults:
             with pytest.raises(DeviceLost, match="node 1 is lost") as lost:
                 attempt()
             assert "\n" not in str(lost.value) and lost.value.errno == 5
+        with pytest.raises(DeviceLost, match="node 1 is lost"):
+            world.process.move(world.expected[0][1], 5 * PAGE_SIZE, 1)
+        world.check()
         fresh = world.process.mmap("16K", nid=1)
         with pytest.raises(DeviceLost):
             world.process.write(fresh, b"there is no such memory")
         world.process.write(world.expected[0][1], b"here is")
         assert world.process.read(world.expected[0][1], 7) == b"here is"
         assert len(stub.lines) == 1
+
+    def test_lost_after_ctrl_c(self, stub, monkeypatch):
+        """The batch is being finished when the device goes: it is finished all the same."""
+        world = world_of("pinned,device", poison=False)
+        pfns = world.pfns(20)
+        copy_folio, calls = world.machine.frames.copy_folio, []
+
+        def interrupted(*folio):
+            calls.append(folio)
+            if len(calls) == 3:
+                stub.state.lose_at = stub.state.executed + 2
+                raise KeyboardInterrupt
+            return copy_folio(*folio)
+
+        monkeypatch.setattr(world.machine.frames, "copy_folio", interrupted)
+        with pytest.raises(DeviceLost) as lost:
+            world.migrate(pfns)
+        assert lost.value.result.rc == 16 and world.nodes_of(pfns).count(0) >= 16
+        world.machine.validate()
+        assert not world.machine.mem.nodes.nr_isolated_anon.any()
+
+    def test_an_error_that_shows_late(self, stub, far, monkeypatch):
+        """Of what was queued nobody can tell what arrived: the device is lost, whatever it answers later."""
+        sync = far.machine.frames.mover.sync
+        failures = [CudaError("cuStreamSynchronize", 719, "CUDA_ERROR_LAUNCH_FAILED")]
+
+        def failing():
+            if failures:
+                raise failures.pop()
+            sync()
+
+        monkeypatch.setattr(far.machine.frames.mover, "sync", failing)
+        with pytest.raises(DeviceLost, match="LAUNCH_FAILED"):
+            far.process.write(far.process.mmap("16K"), bytes(16384))
+        assert stub.lines == ["offload: device memory on stub, not a GPU is out of service: cuStreamSynchronize failed: "
+                              "CUDA_ERROR_LAUNCH_FAILED (719); what lay there is lost"]
 
     def test_lost_while_memory_is_written(self, stub, far):
         address = far.process.mmap("64K")

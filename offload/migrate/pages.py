@@ -4,6 +4,7 @@ Stands for migrate_pages() of mm/migrate.c (v7.3) and its tracepoints. The compi
 done or until Python must act; :func:`migrate_pages` is the Python part, which makes the batch copies and runs events.
 """
 
+import contextlib
 import dataclasses
 import time
 
@@ -268,7 +269,7 @@ def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, eve
                 machine.batch_mode = MigrateMode(int(state["batch_mode"][0]))
                 run_events(events, int(state["step"][0]), int(state["step_folio"][0]))
         except BaseException as raised:             # KeyboardInterrupt too: first finish what is unmapped
-            if error is not None and not isinstance(raised, KeyboardInterrupt):
+            if error is not None and not isinstance(raised, (KeyboardInterrupt, DeviceLost)):
                 raise                               # a fault of ours: going on would meet it again
             error = raised
             state["stop_mask"], state["step_passed"], state["interrupted"] = 0, 0, 1
@@ -298,7 +299,8 @@ def finish_call(machine, call):
     call_table = pack(call)
     while (stop := take_up(state, machine.table, call_table)) != DONE:
         if stop == STOP_FRAME_COPY:
-            copy_far_folio(machine, state)
+            with contextlib.suppress(DeviceLost):   # the call's own end is told; whoever touches the node hears of it
+                copy_far_folio(machine, state)
         elif stop == STOP_FRAME_LOG:
             machine.frames.drain(quiet=True)
     return make_result(call, 0, 0, 1.0)

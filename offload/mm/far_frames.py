@@ -251,12 +251,17 @@ class NodeFrames:
         """Wait for what is queued; False if the device is lost."""
         if not self._queued:
             return True
-        arrived = not self.lost and self._try(self.mover.sync)
+        from offload.kernels.cuda_engines import CudaError
+        if not self.lost:
+            try:
+                self.mover.sync()
+            except CudaError as error:              # nobody can tell which of what was queued did not arrive
+                self._lose(error)
         self._queued = False
-        return arrived
+        return not self.lost
 
     def _try(self, operation):
-        """Whether it worked, at the second attempt at the latest; else the device is lost."""
+        """Whether it could be done, or queued, at the second attempt at the latest; else the device is lost."""
         from offload.kernels.cuda_engines import CudaError
         try:
             operation()
@@ -277,7 +282,7 @@ class NodeFrames:
     def _lose(self, error):
         self.lost = tuple(nid for nid, part in enumerate(self.parts) if isinstance(part, DevicePart))
         self.fault = str(error)
-        self.device.fail("device memory", error)
+        self.device.fail("device memory", error, "what lay there is lost")
 
     def loss(self):
         """The exception that names the lost nodes."""
