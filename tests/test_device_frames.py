@@ -46,7 +46,6 @@ FAR = [pair for pair in PAIRS if "device" in pair]
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
     """The stub in the place of a device."""
-    gc.collect()                                    # machines of earlier tests
     stub = Stub()
     device = stub.device()
     monkeypatch.setattr(cuda, "probe", lambda: HERE)
@@ -326,6 +325,10 @@ class TestOperations:
 
 class TestRefusals:
     """What cannot be is one line, before anything is allocated."""
+
+    @pytest.fixture(autouse=True)
+    def no_memory_of_earlier_tests(self, stub):
+        gc.collect()
 
     @pytest.mark.parametrize("make", [CpuMt, lambda: McCopy("stream"), lambda: Dcbm.on_cpu(2), lambda: FaultyMigrator(CpuMt())])
     def test_migrators_of_the_cpu(self, far, make):
