@@ -10,6 +10,8 @@ __all__ = ("console", "show", "table", "plus_minus", "deliver", "write_json", "j
 
 NO_TERMINAL_WIDTH = 10_000
 """Columns of what is no terminal: lines are as long as they are."""
+FOLDED_WIDTH = 24
+"""Characters that text is not wrapped below."""
 
 
 def console(file=None):
@@ -32,15 +34,16 @@ def show(parts, file=None):
 def table(title, columns, rows, *, right=(), fold=None):
     """A rich table; ``right`` names the columns of numbers, ``fold`` the one of text, or several, that are wrapped on a narrow terminal.
 
-    The others are never narrower than their cells.
+    The others are never narrower than their cells, and those that are wrapped stay wide enough for words.
     """
     from rich.table import Table
     fold = (fold,) if isinstance(fold, str) else fold or ()
     rows = [tuple(map(str, row)) for row in rows]
     out = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
+        widest = max(len(line) for cell in (column, *(row[place] for row in rows)) for line in cell.split("\n"))
         out.add_column(column, justify="right" if column in right else "left", no_wrap=column not in fold, overflow="fold",
-                       min_width=None if column in fold else max(len(line) for cell in (column, *(row[place] for row in rows)) for line in cell.split("\n")))
+                       min_width=min(widest, FOLDED_WIDTH) if column in fold else widest)
     for row in rows:
         out.add_row(*row)
     return out

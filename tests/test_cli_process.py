@@ -1,5 +1,6 @@
 """The command as a process: its streams, its status, its lines, whoever is at the other end."""
 
+import contextlib
 import io
 import json
 import logging
@@ -214,14 +215,18 @@ class TestTables:
     def test_a_reason_can_be_copied(self, monkeypatch):
         """From a narrow terminal too: it breaks the line, we do not."""
         main_end, other = pty.openpty()
-        done = subprocess.run([sys.executable, "-c", "from offload.kernels import cuda\n"
-                               "cuda.probe = lambda: cuda.Probe(\"pip install 'migrate-offload[cuda13]'\")\n"
-                               "from offload.cli import main\nmain(['engines'])"], stdout=other,
-                              env=os.environ | {"COLUMNS": "40", "TERM": "dumb"})
+        running = subprocess.Popen([sys.executable, "-c", "from offload.kernels import cuda\n"
+                                    "cuda.probe = lambda: cuda.Probe(\"pip install 'migrate-offload[cuda13]'\")\n"
+                                    "from offload.cli import main\nmain(['engines'])"], stdout=other,
+                                   env=os.environ | {"COLUMNS": "40", "TERM": "dumb"})
         os.close(other)
-        shown = os.read(main_end, 65536).decode()
+        shown = b""
+        with contextlib.suppress(OSError):              # EIO: the other end is closed
+            while piece := os.read(main_end, 65536):
+                shown += piece
         os.close(main_end)
-        assert done.returncode == 0 and shown.count("pip install 'migrate-offload[cuda13]'") == 1
+        assert running.wait() == 0 and shown.decode().count("pip install 'migrate-offload[cuda13]'") == 1
+        assert b"each folio in its move" in shown       # and text is not wrapped to a column of letters
 
     def test_a_pipe_gets_no_blanks_at_line_ends(self):
         out = io.StringIO()
