@@ -534,8 +534,8 @@ class Machine:
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def folios_of(self, process, address, length):
-        """Head pfns of the folios mapped in a range, in address order: int64."""
-        addresses = process.folio_addresses(address, length)
+        """Head pfns of the folios mapped in a range (``length`` in bytes or as "64K"), in address order: int64."""
+        addresses = process.folio_addresses(address, parse_size(length, what="length"))
         folios = np.empty(len(addresses), np.int64)
         lookup_folios(self.table, process.mm, addresses, folios)
         return folios

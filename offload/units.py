@@ -12,7 +12,7 @@ import enum
 import errno
 import re
 
-from offload.errors import InvalidInput, NotSupported
+from offload.errors import InvalidInput
 
 __all__ = (
     "PAGE_SHIFT", "PAGE_SIZE", "HPAGE_PMD_ORDER", "HPAGE_PMD_NR", "MAX_PAGE_ORDER", "HPAGE_PUD_NR",

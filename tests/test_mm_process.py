@@ -947,3 +947,12 @@ class TestSpecialMemory:
         world.check()
         with pytest.raises(InvalidInput, match="ksmd"):
             world.machine.ksm_merge([(world.process, world.process.mmap("4K", populate=False))])
+
+
+def test_folios_of_takes_sizes_as_text():
+    machine = Machine(nodes=["8M", "8M"])
+    process = machine.process()
+    va = process.mmap("64K")
+    assert machine.folios_of(process, va, "16K").tolist() == machine.folios_of(process, va, 4 * PAGE_SIZE).tolist()
+    with pytest.raises(InvalidInput, match="length '3X'"):
+        machine.folios_of(process, va, "3X")

@@ -265,7 +265,7 @@ class NodeFrames:
         from offload.kernels.cuda_engines import CudaError
         try:
             operation()
-        except CudaError as error:
+        except CudaError:
             says = self.mover.answers()
             if says is None:
                 try:
