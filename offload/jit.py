@@ -44,7 +44,7 @@ JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
 COMPILE_S = 40
 """About how long compiling takes with an empty cache, in seconds: announced, nothing else. The first migration in a fresh
-cache took 36 to 41 s of CPU on a virtual EPYC (Zen 3) beside other work."""
+cache took 37.6 and 37.7 s on a quiet virtual EPYC (Zen 3)."""
 
 _KEEP_FOLDERS = 4
 
