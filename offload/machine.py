@@ -535,7 +535,7 @@ class Machine:
 
     def folios_of(self, process, address, length):
         """Head pfns of the folios mapped in a range (``length`` in bytes or as "64K"), in address order: int64."""
-        addresses = process.folio_addresses(address, parse_size(length, what="length"))
+        addresses = process.folio_addresses(address, parse_size(length, what="length") if isinstance(length, str) else length)
         folios = np.empty(len(addresses), np.int64)
         lookup_folios(self.table, process.mm, addresses, folios)
         return folios

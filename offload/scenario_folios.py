@@ -16,8 +16,8 @@ from offload.migrate.call import STEPS, TargetControl
 from offload.migrate.pages import Event
 from offload.mm.address_space import add_to_swap_cache, truncate_folio
 from offload.mm.memmap import (
-    ALLOC_FAIL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active, PG_dirty, PG_hugetlb,
-    PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, PG_locked, PG_mlocked, PG_private, PG_referenced, PG_swapcache,
+    ALLOC_FAIL, ALLOC_OK, OTHERS_FOREVER, OTHERS_NO, OTHERS_UNTIL_WAIT, PG_active, PG_deferred_list, PG_dirty, PG_hugetlb,
+    PG_hugetlb_subpool, PG_hugetlb_unsupported, PG_hwpoison, PG_locked, PG_mlocked, PG_partially_mapped, PG_private, PG_referenced, PG_swapcache,
     PG_uptodate, PG_workingset, PG_writeback,
 )
 from offload.mm.movable_ops import free_movable_ops_page
@@ -193,6 +193,10 @@ class FolioLevel:
             for process, address in stretch.mappings:
                 zap(machine, process, address, len(stretch.holder))
             stretch.mapped[:] = False
+            for head in heads.tolist():             # page by page on the way there; the kernel takes them off at once
+                if mem.folios.page_flags[head] & PG_deferred_list:
+                    mem.folios.page_flags[head] &= ~(PG_deferred_list | PG_partially_mapped)
+                    mem.nodes.nr_deferred_split[mem.folios.nid[head]] -= 1
         for head in heads.tolist():
             folio = mem.folios[head]
             kind = given.get("kind", "anon")
