@@ -558,6 +558,35 @@ class TestFaults:
         assert stub.lines == ["offload: device memory on stub, not a GPU is out of service: cuStreamSynchronize failed: "
                               "CUDA_ERROR_LAUNCH_FAILED (719); what lay there is lost"]
 
+    def test_a_call_is_refused_and_the_device_does_not_answer(self, stub, far):
+        """Lost already when the operation is queued, which says what."""
+        address = far.process.mmap("16K")
+        far.process.write(address, bytes(16384))
+        stub.state.lost = 1
+        with pytest.raises(DeviceLost, match="nodes 0, 1 are lost with stub, not a GPU: .*LAUNCH_FAILED"):
+            far.process.read(address, 16384)
+        assert len(stub.lines) == 1 and "what lay there is lost" in stub.lines[0]
+
+    @pytest.mark.parametrize("refusals", [1, 2])
+    def test_a_call_is_refused_by_a_device_that_answers(self, far, monkeypatch, refusals):
+        """It is tried once more; refused again, the device is lost with the second error."""
+        frames, address = far.machine.frames, far.process.mmap("16K")
+        far.process.write(address, b"kept" * 4096)
+        fill, left = frames.mover.fill, [CudaError("cuMemsetD8Async", 1, f"REFUSED_{nr}") for nr in range(refusals, 0, -1)]
+
+        def refused(*row):
+            if left:
+                raise left.pop()
+            fill(*row)
+
+        monkeypatch.setattr(frames.mover, "fill", refused)
+        if refusals == 1:
+            frames.fill(far.machine.folios_of(far.process, address, PAGE_SIZE)[0], 1, 7)
+            assert far.process.read(address, PAGE_SIZE) == b"\7" * PAGE_SIZE and not frames.lost
+        else:
+            with pytest.raises(DeviceLost, match="REFUSED_2"):
+                frames.fill(far.machine.folios_of(far.process, address, PAGE_SIZE)[0], 1, 7)
+
     def test_lost_while_memory_is_written(self, stub, far):
         address = far.process.mmap("64K")
         stub.state.lose_at = stub.state.executed + 2

@@ -265,17 +265,17 @@ class NodeFrames:
         from offload.kernels.cuda_engines import CudaError
         try:
             operation()
-        except CudaError:
-            says = self.mover.answers()
-            if says is None:
-                try:
-                    operation()
-                    return True
-                except CudaError as again:
-                    error = again
-            self._lose(error)
-            return False
-        return True
+            return True
+        except CudaError as refused:
+            error = refused
+        if self.mover.answers() is None:
+            try:
+                operation()
+                return True
+            except CudaError as again:
+                error = again
+        self._lose(error)
+        return False
 
     # --- a lost device ----------------------------------------------------------------------------------------
 
