@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gc
 import glob
 import os
 import pathlib
@@ -12,6 +13,7 @@ import tempfile
 import pytest
 
 import offload.kernels.cuda_driver
+from offload.kernels import cuda
 from offload.kernels.cuda_driver import Driver
 from offload.kernels.cuda_engines import Device
 
@@ -45,6 +47,10 @@ def compile_cpp(source, program, *options):
     assert done.returncode == 0, done.stderr
 
 
+HERE = cuda.Probe(None, "0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.0")
+"""What a look for a GPU finds where the stub is in its place."""
+
+
 @functools.cache
 def _stub_library():
     folder = tempfile.TemporaryDirectory()
@@ -72,5 +78,17 @@ class Stub:
         for name in ("fail_copy", "fail_launch", "fail_alloc", "lose_at"):
             setattr(self.state, name, -1)
 
+    def have_bytes(self, nbytes):
+        """Let the stub's device have so many bytes, all of them free: what earlier tests' machines still hold is given back."""
+        gc.collect()
+        self.state.device_bytes = nbytes
+
     def device(self):
         return Device(self.driver, 0, lambda capability, name: b"stub image", self.lines.append)
+
+    def stand_in(self, monkeypatch, found=HERE):
+        """Put a Device over the stub, and the Probe ``found``, in the place of this machine's; the Device."""
+        device = self.device()
+        monkeypatch.setattr(cuda, "probe", lambda: found)
+        monkeypatch.setattr(cuda, "_device", lambda: device)
+        return device

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import World, on_duty
-from cuda_stub import Stub, needs_compiler
+from cuda_stub import HERE, Stub, needs_compiler
 from kernel_conformance import HostArena, KernelConformance
 
 from offload import calibration as calibration_module
@@ -20,14 +20,12 @@ from offload.experiment.tables import unverified
 from offload.kernels import cuda
 from offload.kernels.base import FRAME_SIZE, checked_plan
 from offload.kernels.cpu import CpuBackend
-from offload.kernels.cuda import Probe
 from offload.kernels.cuda_engines import WAYS, CudaBackend, PinnedMemory
 from offload.kernels.cuda_timing import DeviceRows
 from offload.machine import Machine, NodeConfig
 
 pytestmark = needs_compiler
 
-HERE = Probe(None, "0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.0")
 HOLDS_FOR = {"device": "stub, not a GPU", "cuda": "13.0", "driver": None, "kernel": "abc", "sources": "def"}
 PAIR = "device,device"
 

@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 from conftest import World, on_duty
-from cuda_stub import Stub, needs_compiler
+from cuda_stub import HERE, Stub, needs_compiler
 from dma_conformance import DmaConformance
 
 from offload.engines import parse_engine
@@ -26,8 +26,6 @@ from offload.kernels.cuda import Probe
 from offload.kernels.cuda_engines import WAYS, CudaProvider
 from offload.mm.frames import Frames
 from offload.mm.memmap import FIRST_PFN
-
-HERE = Probe(None, "0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.0")
 
 
 class FakeError(RuntimeError):
@@ -176,9 +174,7 @@ class TestProcesses:
 def stub(monkeypatch):
     """The stub in the place of a device."""
     stub = Stub()
-    device = stub.device()
-    monkeypatch.setattr(cuda, "probe", lambda: HERE)
-    monkeypatch.setattr(cuda, "_device", lambda: device)
+    stub.stand_in(monkeypatch)
     return stub
 
 

@@ -14,8 +14,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import World, on_duty, random_bytes
-from cuda_stub import Stub, needs_compiler
-from test_cuda import HERE
+from cuda_stub import HERE, Stub, needs_compiler
 
 from offload.engines import parse_engine
 from offload.errors import DeviceLost, EngineUnavailable, InvalidInput, NotSupported, OutOfMemory
@@ -47,9 +46,7 @@ FAR = [pair for pair in PAIRS if "device" in pair]
 def stub(monkeypatch):
     """The stub in the place of a device."""
     stub = Stub()
-    device = stub.device()
-    monkeypatch.setattr(cuda, "probe", lambda: HERE)
-    monkeypatch.setattr(cuda, "_device", lambda: device)
+    stub.stand_in(monkeypatch)
     return stub
 
 
@@ -337,7 +334,7 @@ class TestRefusals:
         assert "\n" not in str(refused.value) and far.machine.offload.migrator is None
 
     def test_more_than_the_device_has(self, stub):
-        stub.state.device_bytes = 40 << 20
+        stub.have_bytes(40 << 20)
         with pytest.raises(OutOfMemory, match="need 68M and stub, not a GPU has 40M free") as refused:
             Machine(nodes=["32M", "32M"], placement="device")
         assert "\n" not in str(refused.value) and stub.state.allocs == 0
@@ -349,7 +346,7 @@ class TestRefusals:
         assert "\n" not in str(refused.value)
 
     def test_bench_of_more_than_the_device_has(self, stub):
-        stub.state.device_bytes = 40 << 20
+        stub.have_bytes(40 << 20)
         with pytest.raises(InvalidInput, match="use a smaller --size") as refused:
             BenchConfig.parse(engines="vanilla", size="32M", nodes="device,device")
         assert "\n" not in str(refused.value) and stub.state.allocs == 0
@@ -672,7 +669,7 @@ class TestMover:
         assert "LAUNCH_FAILED" in mover.answers()
 
     def test_more_than_there_is(self, stub):
-        stub.state.device_bytes = 1 << 20
+        stub.have_bytes(1 << 20)
         device = stub.device()
         with pytest.raises(CudaError, match="OUT_OF_MEMORY"):
             DeviceMemory(device, 2 << 20)

@@ -71,9 +71,7 @@ def report_part(tmp_path, more=""):
 @pytest.fixture
 def stub(monkeypatch):
     stub = Stub()
-    device = stub.device()
-    monkeypatch.setattr(cuda, "probe", lambda: Probe(None, "14.2.0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.5"))
-    monkeypatch.setattr(cuda, "_device", lambda: device)
+    stub.stand_in(monkeypatch, Probe(None, "14.2.0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.5"))
     return stub
 
 

@@ -58,9 +58,7 @@ def no_gpu(monkeypatch):
 def stub(monkeypatch):
     """The stub in the place of a device, with an auto that takes the kernel for many folios and the loop for few."""
     stub = Stub()
-    device = stub.device()
-    monkeypatch.setattr(cuda, "probe", lambda: HERE)
-    monkeypatch.setattr(cuda, "_device", lambda: device)
+    device = stub.stand_in(monkeypatch, HERE)
     cells = [{"order": 0, "folios": nr, "ns": {"cuda-loop:1": nr, "cuda-kernel": 30}} for nr in (1, 64)]
     makers = {"cuda-loop:1": lambda: CudaBackend(device, "cuda-loop", check=False),
               "cuda-kernel": lambda: CudaBackend(device, "cuda-kernel", check=False)}
@@ -240,7 +238,7 @@ class TestOnTheStub:
 
     @pytest.mark.parametrize("nodes", ["device,device", "pinned,device"])
     def test_more_than_the_device_has(self, stub, nodes):
-        stub.state.device_bytes = 5 << 20
+        stub.have_bytes(5 << 20)
         assert small(engines="cuda-loop:1", nodes=(nodes,), size="2M", orders="9")
         with pytest.raises(InvalidInput, match="use a smaller --size") as refused:
             small(engines="cuda-loop:1", nodes=(nodes,), size="4M", orders="9")

@@ -7,7 +7,6 @@ batch among several.
 
 import collections
 
-
 __all__ = ("Auto",)
 
 
