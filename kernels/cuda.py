@@ -42,11 +42,13 @@ class Probe(NamedTuple):
     """Whether the driver has cuMemcpyBatchAsync."""
     nvrtc: str | None = None
     """Version of the compiler, or None where it is not there."""
+    no_kernel: str | None = None
+    """Why cuda-kernel is not available where the other engines are: copy_folios.cu does not compile, or the driver does not load it."""
 
 
 @functools.cache
 def probe():
-    """Look for CuPy, a driver, a device, and copy 4 KiB with it: the Probe. Looks once in a process, never raises."""
+    """Look for CuPy, a driver, a device, copy 4 KiB with it and load the kernel: the Probe. Looks once in a process, never raises."""
     if importlib.util.find_spec("cupy") is None:
         return Probe(f"CuPy is not installed: {INSTALL}")
     try:
@@ -62,7 +64,8 @@ def probe():
         nr_devices = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
         if error.status != CUDA_ERROR_NO_DEVICE:
-            return found._replace(reason=f"the driver does not start: {one_line(error)}")
+            return found._replace(reason=f"the driver, of CUDA {version_text(found.driver)}, does not start: {one_line(error)}; CuPy is for "
+                                         f"CUDA {version_text(runtime.runtimeGetVersion())}")
         nr_devices = 0
     if not nr_devices:
         return found._replace(reason="the driver finds no device: see nvidia-smi and CUDA_VISIBLE_DEVICES")
@@ -73,7 +76,18 @@ def probe():
         wrong = self_test(device)
     except (CudaError, OSError) as error:
         wrong = one_line(error)
-    return found if wrong is None else found._replace(reason=f"the self-test failed: {wrong}")
+    return found._replace(no_kernel=why_no_kernel(device)) if wrong is None else found._replace(reason=f"the self-test failed: {wrong}")
+
+
+def why_no_kernel(device):
+    """None if ``device`` has copy_folios(), compiled and loaded, else why not, in one line."""
+    if device.capability < LEAST_CAPABILITY:
+        return "compute capability {}.{} is below {}.{}: use cuda-loop:N".format(*device.capability, *LEAST_CAPABILITY)
+    try:
+        device.kernel("copy_folios")
+    except EngineUnavailable as error:
+        return one_line(error)
+    return None
 
 
 @functools.cache
@@ -97,11 +111,7 @@ def why_not(way, found=None):
     if way == "cuda-batch" and not found.batch_call:
         return (f"the driver has CUDA {version_text(found.driver)}, and cuMemcpyBatchAsync came with "
                 f"{version_text(BATCH_VERSION)}: update it, or use cuda-loop:N")
-    if way == "cuda-kernel" and found.capability < LEAST_CAPABILITY:
-        return "compute capability {}.{} is below {}.{}: use cuda-loop:N".format(*found.capability, *LEAST_CAPABILITY)
-    if way == "cuda-kernel" and found.nvrtc is None:
-        return f"NVRTC is not there to compile the kernel: {INSTALL}"
-    return None
+    return found.no_kernel if way == "cuda-kernel" else None
 
 
 def nvidia_driver():

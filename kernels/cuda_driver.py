@@ -40,10 +40,10 @@ _handle = _pointer                                  # streams, events, contexts,
 FUNCTIONS = {
     "cuInit": (_flags,),
     "cuDriverGetVersion": (_pointer,),
+    "cuDeviceGet": (_pointer, _number),
     "cuDeviceGetAttribute": (_pointer, _number, _number),
     "cuDeviceGetName": (_pointer, _number, _number),
     "cuDevicePrimaryCtxRetain": (_pointer, _number),
-    "cuDevicePrimaryCtxRelease_v2": (_number,),
     "cuCtxSetCurrent": (_handle,),
     "cuMemAlloc_v2": (_pointer, ctypes.c_size_t),
     "cuMemFree_v2": (_word,),
@@ -62,7 +62,6 @@ FUNCTIONS = {
     "cuEventElapsedTime": (_pointer, _handle, _handle),
     "cuEventDestroy_v2": (_handle,),
     "cuModuleLoadData": (_pointer, _pointer),
-    "cuModuleUnload": (_handle,),
     "cuModuleGetFunction": (_pointer, _handle, ctypes.c_char_p),
     "cuLaunchKernel": (_handle, *(_flags,) * 7, _handle, _pointer, _pointer),
     "cuGetErrorName": (_number, _pointer),
@@ -147,6 +146,10 @@ class Driver:
         """The CUDA version of the driver: 12080 is 12.8."""
         return self._made("cuDriverGetVersion", kind=_number)
 
+    def device(self, number):
+        """The handle of the device of that number, which the three calls below take."""
+        return self._made("cuDeviceGet", number, kind=_number)
+
     def attribute(self, attribute, device):
         return self._made("cuDeviceGetAttribute", attribute, device, kind=_number)
 
@@ -214,9 +217,8 @@ class Driver:
             raise self.error("cuMemcpyBatchAsync", code, index)
 
     def load_function(self, image, name):
-        """(module, function) of a compiled kernel."""
-        module = self._made("cuModuleLoadData", image)
-        return module, self._made("cuModuleGetFunction", module, name.encode())
+        """The function of that name in a compiled image, which stays loaded."""
+        return self._made("cuModuleGetFunction", self._made("cuModuleLoadData", image), name.encode())
 
     def launch(self, function, blocks, threads, stream, *arguments):
         """Launch with NumPy scalars or records as arguments, which are copied before it returns."""

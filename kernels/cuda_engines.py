@@ -23,7 +23,7 @@ import time
 
 import numpy as np
 
-from offload.errors import InvalidInput
+from offload.errors import EngineUnavailable, InvalidInput
 from offload.kernels.base import (
     DMA_IN_PROGRESS, DMA_TRANS_ABORTED, DMA_TRANS_NOERROR, DMA_TRANS_WRITE_FAILED, CopyPlan, refuse_overlap,
 )
@@ -59,15 +59,15 @@ class Device:
     """
 
     def __init__(self, driver, number, compile_kernel, say=lambda line: print(line, file=sys.stderr, flush=True)):
-        self.driver, self.number = driver, number
-        self.fault = None
+        self.driver, self.fault = driver, None
         self._compile, self._say = compile_kernel, say
-        self._context = driver.retain_context(number)
+        handle = driver.device(number)
+        self._context = driver.retain_context(handle)
         self._functions = {}
         self.enter()
-        self.name = driver.device_name(number)
-        self.nr_sms = driver.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, number)
-        self.capability = tuple(driver.attribute(part, number) for part in (CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        self.name = driver.device_name(handle)
+        self.nr_sms = driver.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle)
+        self.capability = tuple(driver.attribute(part, handle) for part in (CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                                                                             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
 
     def enter(self):
@@ -83,15 +83,15 @@ class Device:
             self.driver(name, *arguments)
 
     def kernel(self, name):
-        """The kernel of that name, compiled and loaded at first use."""
+        """The kernel of that name, compiled and loaded at first use. EngineUnavailable where the compiler or the driver refuses."""
         if name not in self._functions:
-            self._functions[name] = self.driver.load_function(self._compile(self.capability, name), name)
-        return self._functions[name][1]
-
-    @property
-    def function(self):
-        """copy_folios()."""
-        return self.kernel("copy_folios")
+            image = self._compile(self.capability, name)
+            self.enter()
+            try:
+                self._functions[name] = self.driver.load_function(image, name)
+            except CudaError as error:
+                raise EngineUnavailable(f"the driver does not load the kernel {name}: {error}") from None
+        return self._functions[name]
 
     def fail(self, engine, error, then="the path copies folio by folio from here on"):
         """Take the device out of service; the first time it is said, and what comes of it."""
@@ -204,6 +204,7 @@ class Kernel:
 
     def __init__(self, channel):
         self.channel, self.options = channel, channel.provider
+        self.function = channel.device.kernel("copy_folios")
         self.slots = [Slot(channel.device) for _ in range(SLOTS)]
 
     def prepare(self, plan):
@@ -226,10 +227,9 @@ class Kernel:
         most = self.options.blocks or channel.device.nr_sms * BLOCKS_PER_SM
         blocks = min(most, -(-launch.nr_items * 32 // BLOCK_THREADS))
         try:
-            function = channel.device.function
             if not slot.uploaded:
                 self.upload(batch)
-            channel.driver.launch(function, blocks, BLOCK_THREADS, channel.stream, np.uint64(launch.dst_base),
+            channel.driver.launch(self.function, blocks, BLOCK_THREADS, channel.stream, np.uint64(launch.dst_base),
                                   np.uint64(launch.src_base), np.uint64(slot.address), launch.batch)
         except CudaError as error:
             channel.failed(batch, 0, 1, error)
@@ -419,6 +419,7 @@ class CudaChannel:
                 batch.end(start, stop, DMA_TRANS_NOERROR)
                 self._spare_events.append(event)
             batch.segments.clear()
+            batch.end(0, None, DMA_TRANS_ABORTED)   # Ctrl-C while they were queued: no event is behind these
             self._retire(batch)
 
     def _retire(self, batch):
@@ -440,7 +441,8 @@ class CudaProvider:
 
     ``most``: descriptors in a batch call. ``overlap``: the flag PREFER_OVERLAP_WITH_COMPUTE on them. ``blocks``: of the
     kernel's grid, 0 for as many as fill the device. ``check``: look for overlaps in every batch. InvalidInput for values
-    that cannot be.
+    that cannot be, EngineUnavailable where cuda-kernel's kernel is not to be had: it is compiled and loaded here, so that no batch
+    pays for it.
     """
 
     reaches_devices = True
@@ -452,6 +454,8 @@ class CudaProvider:
                                             ("blocks", blocks, 0, 1 << 30)):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
                 raise InvalidInput(f"{what} {value!r} cannot be; give a number from {least} to {largest}")
+        if way == "cuda-kernel":
+            device.kernel("copy_folios")
         self.device, self.way, self.nr_chans = device, way, nr_chans
         self.most, self.overlap, self.blocks, self.check = most, overlap, blocks, check
         self._channels = {}

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 
 import pytest
+from kernel_conformance import HostArena
 
 import offload.kernels.cuda_driver
 from offload.kernels import cuda
@@ -57,6 +58,20 @@ def _stub_library():
     path = pathlib.Path(folder.name, "libstub_cuda.so")
     compile_cpp(HOST / "stub_driver.cpp", path, "-shared", "-fPIC", "-fvisibility=hidden")
     return folder, path
+
+
+class PinnedArena(HostArena):
+    """A HostArena that the stub takes for pinned memory: without that its kernels and its batch call do not reach it."""
+
+    def __init__(self, nr_frames):
+        super().__init__(nr_frames)
+        self._pin(self._bytes.nbytes)
+
+    def _pin(self, nbytes):
+        ctypes.CDLL(str(_stub_library()[1])).stub_pin(ctypes.c_size_t(self._bytes.ctypes.data), ctypes.c_size_t(nbytes))
+
+    def __del__(self):
+        self._pin(0)
 
 
 class Stub:

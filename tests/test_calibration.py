@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from conftest import World, on_duty
-from cuda_stub import HERE, Stub, needs_compiler
-from kernel_conformance import HostArena, KernelConformance
+from cuda_stub import HERE, PinnedArena, Stub, needs_compiler
+from kernel_conformance import KernelConformance
 
 from offload import calibration as calibration_module
 from offload.calibration import CPU, AutoBackend, Calibration, damage, direction_of, grid
@@ -87,7 +87,7 @@ def small(monkeypatch):
 
 def without_runs(nr):
     """A batch of ``nr`` pages of which no two could be merged; far more memory than pages, so that calibration's have few, too."""
-    dst, src = HostArena(2 * nr), HostArena(2 * nr)
+    dst, src = PinnedArena(2 * nr), PinnedArena(2 * nr)
     return checked_plan(dst.base, src.base, 2 * np.arange(nr), 2 * np.arange(nr)[::-1], [0] * nr), (dst, src)
 
 
@@ -262,6 +262,8 @@ class TestDirections:
 
 class TestAutoBackend(KernelConformance):
     """It keeps the promises of every backend, whoever copies."""
+
+    arena = PinnedArena
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

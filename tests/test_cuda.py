@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 from conftest import World, on_duty
-from cuda_stub import HERE, Stub, needs_compiler
+from cuda_stub import HERE, PinnedArena, Stub, needs_compiler
 from dma_conformance import DmaConformance
 
 from offload.engines import parse_engine
@@ -23,7 +23,7 @@ from offload.experiment.config import BenchConfig
 from offload.experiment.tables import unverified
 from offload.kernels import cuda
 from offload.kernels.cuda import Probe
-from offload.kernels.cuda_engines import WAYS, CudaProvider
+from offload.kernels.cuda_engines import WAYS, CudaProvider, Device
 from offload.mm.frames import Frames
 from offload.mm.memmap import FIRST_PFN
 
@@ -37,7 +37,8 @@ class FakeError(RuntimeError):
 @pytest.fixture
 def cupy(monkeypatch):
     """A fake CuPy: ``runtime`` answers as the test wants."""
-    runtime = types.SimpleNamespace(CUDARuntimeError=FakeError, driverGetVersion=lambda: 13000, getDeviceCount=lambda: 1)
+    runtime = types.SimpleNamespace(CUDARuntimeError=FakeError, driverGetVersion=lambda: 13000, getDeviceCount=lambda: 1,
+                                    runtimeGetVersion=lambda: 13020)
     nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 5))
     package = types.ModuleType("cupy")
     package.__version__, package.__spec__ = "14.2.0", importlib.machinery.ModuleSpec("cupy", None)
@@ -86,7 +87,9 @@ class TestProbe:
         def get_device_count():
             raise FakeError(35, "cudaErrorInsufficientDriver: CUDA driver version is insufficient")
         cupy.runtime.getDeviceCount = get_device_count
-        assert "cudaErrorInsufficientDriver" in self.probe().reason
+        cupy.runtime.driverGetVersion = lambda: 12080
+        reason = self.probe().reason
+        assert "cudaErrorInsufficientDriver" in reason and "of CUDA 12.8" in reason and "CuPy is for CUDA 13.2" in reason
 
     def test_another_error_is_not_swallowed(self, cupy):
         cupy.runtime.getDeviceCount = lambda: 1 / 0
@@ -106,11 +109,38 @@ class TestProbe:
         assert found.reason is None if reason is None else reason in found.reason
         assert (found.device, found.capability, found.nr_sms, found.batch_call) == ("stub, not a GPU", (9, 0), 5, True)
 
+    @needs_compiler
+    def test_a_device_without_the_kernel(self, cupy, monkeypatch):
+        """The other engines are there; cuda-kernel says what is missing, before anything is asked of it."""
+        stub = Stub()
+        monkeypatch.setattr(cuda, "_device", lambda: device)
+        for compiled, reason in ((EngineUnavailable("NVRTC 13.5 does not compile the kernel for sm_70: invalid value"), "for sm_70"),
+                                 (b"for another device", "the driver does not load the kernel copy_folios: cuModuleLoadData failed")):
+            device = Device(stub.driver, 0, raiser(compiled))
+            found = self.probe()
+            assert found.reason is None and [cuda.why_not(way, found) is None for way in WAYS] == [True, True, False]
+            assert reason in cuda.why_not("cuda-kernel", found)
+            with pytest.raises(EngineUnavailable, match=reason):
+                CudaProvider(device, "cuda-kernel")
+            assert device.fault is None
+        device = Device(stub.driver, 0, raiser(b"stub image"))
+        device.capability = (6, 1)
+        assert "capability 6.1 is below 7.0" in cuda.why_not("cuda-kernel", self.probe())
+
     def test_a_library_that_is_none(self, cupy, monkeypatch):
         def no_library():
             raise OSError("libcuda.so.1: cannot open shared object file")
         monkeypatch.setattr(cuda, "_device", no_library)
         assert "cannot open shared object file" in self.probe().reason
+
+
+def raiser(outcome):
+    """A compile_kernel() that gives, or raises, this."""
+    def compile_kernel(capability, name):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    return compile_kernel
 
 
 class TestWhyNot:
@@ -122,8 +152,7 @@ class TestWhyNot:
         old = HERE._replace(batch_call=False, driver=12040)
         assert [cuda.why_not(way, old) is None for way in WAYS] == [True, False, True]
         assert "CUDA 12.4" in cuda.why_not("cuda-batch", old) and "12.8" in cuda.why_not("cuda-batch", old)
-        assert "capability 6.1 is below 7.0" in cuda.why_not("cuda-kernel", HERE._replace(capability=(6, 1)))
-        assert "NVRTC" in cuda.why_not("cuda-kernel", HERE._replace(nvrtc=None))
+        assert [cuda.why_not(way, HERE._replace(no_kernel="so")) for way in WAYS] == [None, None, "so"]
 
     def test_open_device(self, monkeypatch):
         monkeypatch.setattr(cuda, "probe", lambda: Probe("so it is"))
@@ -181,22 +210,28 @@ def stub(monkeypatch):
 ENGINES = ("cuda-loop:1", "cuda-loop:3", "cuda-batch", "cuda-kernel")
 
 
+class PinnedConformance(DmaConformance):
+    @staticmethod
+    def arena(nr_frames):
+        return PinnedArena(nr_frames)
+
+
 @needs_compiler
-class TestLoopProvider(DmaConformance):
+class TestLoopProvider(PinnedConformance):
     @staticmethod
     def make():
         return CudaProvider(Stub().device(), "cuda-loop", 3)
 
 
 @needs_compiler
-class TestBatchProvider(DmaConformance):
+class TestBatchProvider(PinnedConformance):
     @staticmethod
     def make():
         return CudaProvider(Stub().device(), "cuda-batch", 2, most=3)
 
 
 @needs_compiler
-class TestKernelProvider(DmaConformance):
+class TestKernelProvider(PinnedConformance):
     @staticmethod
     def make():
         return CudaProvider(Stub().device(), "cuda-kernel", 2)

@@ -7,13 +7,13 @@ import subprocess
 
 import numpy as np
 import pytest
-from cuda_stub import Stub, compile_cpp, cuda_include, needs_compiler
-from kernel_conformance import NOT_COPIED, KernelConformance, scattered_plan, verdicts
+from cuda_stub import PinnedArena, Stub, compile_cpp, cuda_include, needs_compiler
+from kernel_conformance import NOT_COPIED, HostArena, KernelConformance, scattered_plan, verdicts
 
 from offload.errors import InvalidInput
 from offload.kernels import cuda_driver
 from offload.kernels.base import (
-    DMA_IN_PROGRESS, DMA_TRANS_ABORTED, DMA_TRANS_NOERROR, DMA_TRANS_WRITE_FAILED, CopyPlan, checked_plan,
+    CACHE_LINE, DMA_IN_PROGRESS, DMA_TRANS_ABORTED, DMA_TRANS_NOERROR, DMA_TRANS_WRITE_FAILED, CopyPlan, checked_plan,
 )
 from offload.kernels.cuda import self_test
 from offload.kernels.cuda_driver import BATCH_ARGUMENTS, BATCH_VERSION, FUNCTIONS, CudaError, MemcpyAttributes
@@ -30,31 +30,35 @@ def stub():
     return Stub()
 
 
-class TestLoop1(KernelConformance):
+class PinnedConformance(KernelConformance):
+    arena = PinnedArena
+
+
+class TestLoop1(PinnedConformance):
     @staticmethod
     def make():
         return CudaBackend(Stub().device(), "cuda-loop")
 
 
-class TestLoop3(KernelConformance):
+class TestLoop3(PinnedConformance):
     @staticmethod
     def make():
         return CudaBackend(Stub().device(), "cuda-loop", 3)
 
 
-class TestBatch(KernelConformance):
+class TestBatch(PinnedConformance):
     @staticmethod
     def make():
         return CudaBackend(Stub().device(), "cuda-batch")
 
 
-class TestBatchInSmallChunks(KernelConformance):
+class TestBatchInSmallChunks(PinnedConformance):
     @staticmethod
     def make():
         return CudaBackend(Stub().device(), "cuda-batch", most=3)
 
 
-class TestKernel(KernelConformance):
+class TestKernel(PinnedConformance):
     @staticmethod
     def make():
         return CudaBackend(Stub().device(), "cuda-kernel")
@@ -63,7 +67,7 @@ class TestKernel(KernelConformance):
 def pages(nr, seed=0):
     """(plan, dst, src, bytes before): ``nr`` pages, no two of them neighbours at both ends."""
     rng = np.random.default_rng(seed)
-    dst, src = KernelConformance().arenas(rng, 2 * nr)
+    dst, src = PinnedConformance().arenas(rng, 2 * nr)
     plan = checked_plan(dst.base, src.base, 2 * np.arange(nr), 2 * np.arange(nr), [0] * nr)
     return plan, dst, src, (dst.read(), src.read())
 
@@ -114,7 +118,7 @@ class TestArguments:
 
     def test_one_launch_for_all_orders(self, stub):
         rng = np.random.default_rng(3)
-        dst, src = KernelConformance().arenas(rng, 4096)
+        dst, src = PinnedConformance().arenas(rng, 4096)
         plan = scattered_plan(rng, 4096, rng.integers(0, 8, 40), dst.base, src.base)
         before = dst.read(), src.read()
         with CudaBackend(stub.device(), "cuda-kernel") as backend:
@@ -122,11 +126,12 @@ class TestArguments:
         assert stub.state.launches == 1 and verdicts(plan, before, (dst.read(), src.read())) == []
 
     def test_the_stub_is_strict(self, stub):
-        """A null stream, an empty batch, a size of nothing, too many descriptors, a thread without context."""
+        """A null stream, an empty batch, a size of nothing, memory that is not pinned, too many descriptors, a thread without
+        context."""
         device = stub.device()
         stream, ones = stub.driver.stream(), np.full(2, 4096, np.uint64)
-        buffer = np.zeros(4096, np.uint8)
-        addresses = np.full(2, buffer.ctypes.data, np.uint64)
+        buffer, pinned = np.zeros(4096, np.uint8), PinnedMemory(device, 4096)
+        addresses = np.full(2, pinned.address, np.uint64)
         with pytest.raises(CudaError, match="INVALID_VALUE"):
             stub.driver.memcpy_batch_async(addresses, addresses, ones, None)
         with pytest.raises(CudaError, match="INVALID_VALUE"):
@@ -136,6 +141,11 @@ class TestArguments:
         with pytest.raises(CudaError, match="at descriptor 1: CUDA_ERROR_INVALID_VALUE") as refused:
             stub.driver.memcpy_batch_async(addresses, addresses, np.array([8, 0], np.uint64), stream)
         assert refused.value.index == 1
+        with pytest.raises(CudaError, match="at descriptor 0"):
+            stub.driver.memcpy_batch_async(addresses, np.full(2, buffer.ctypes.data, np.uint64), ones, stream)
+        assert not stub.driver.on_device(pinned.address) and not stub.driver.on_device(buffer.ctypes.data)
+        with pytest.raises(CudaError):
+            stub.driver.device_name(0)              # a number, not a handle
         stub.state.cap = 1
         with pytest.raises(CudaError) as refused:
             stub.driver.memcpy_batch_async(addresses, addresses, ones, stream)
@@ -143,8 +153,21 @@ class TestArguments:
         stub.driver("cuCtxSetCurrent", None)
         with pytest.raises(CudaError):
             stub.driver.stream()
+        with pytest.raises(CudaError):
+            stub.driver("cuStreamDestroy_v2", stream)
         device.enter()
         stub.driver("cuStreamDestroy_v2", stream)
+        pinned.close()
+
+    def test_memory_that_is_not_pinned_loses_the_device(self, stub):
+        """As an illegal address does on a GPU: the kernel alone would touch it there. The copy call takes it."""
+        arenas = [HostArena(8) for _ in range(2)]
+        plan = checked_plan(arenas[0].base, arenas[1].base, np.arange(8), np.arange(8), [0] * 8)
+        with CudaBackend(stub.device(), "cuda-loop") as backend:
+            assert copy(backend, plan)[0] == 0
+        with CudaBackend(stub.device(), "cuda-kernel") as backend:
+            assert copy(backend, plan)[0] == -EIO
+        assert stub.state.lost and "LAUNCH_FAILED" in stub.lines[0]
 
     def test_a_driver_without_the_batch_call(self, stub):
         assert stub.driver.memcpy_batch
@@ -315,7 +338,7 @@ class TestLifetimes:
     def test_pinned_memory(self, stub):
         memory = PinnedMemory(stub.device(), 8192)
         memory.view()[:] = 7
-        assert memory.address % 4096 == 0 and ctypes.string_at(memory.address, 8192) == b"\7" * 8192
+        assert memory.address % CACHE_LINE == 0 and ctypes.string_at(memory.address, 8192) == b"\7" * 8192
         memory.close()
         memory.close()
         assert stub.state.allocs == stub.state.frees == 1

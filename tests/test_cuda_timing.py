@@ -7,8 +7,8 @@ import types
 
 import numpy as np
 import pytest
-from cuda_stub import Stub, needs_compiler
-from kernel_conformance import HostArena, verdicts
+from cuda_stub import PinnedArena, Stub, needs_compiler
+from kernel_conformance import verdicts
 
 from offload.errors import EngineUnavailable, OutOfMemory
 from offload.kernels import ranges
@@ -26,7 +26,7 @@ def stub():
 
 def pages(nr):
     """(plan, dst, src): ``nr`` pages, no two of them neighbours. All three must be kept while it is copied."""
-    dst, src = HostArena(2 * nr), HostArena(2 * nr)
+    dst, src = PinnedArena(2 * nr), PinnedArena(2 * nr)
     for seed, arena in enumerate((dst, src)):
         frames = arena.read()
         arena.write(np.random.default_rng(seed).integers(0, 256, frames.shape, np.uint8))

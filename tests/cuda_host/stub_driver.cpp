@@ -4,7 +4,11 @@
 // * the copies of a batch call are made in reverse order;
 // * the NULL stream, empty batches, sizes of 0, NULL pointers, attributes out of order and more than `cap` descriptors
 //   are refused;
-// * it fails where it is told to: at one descriptor, at one launch, at one allocation, or from one copy on, as a lost device.
+// * memory that nobody has pinned is unknown to it: pointer attributes and the batch call refuse it, and a kernel that would touch
+//   it, or any byte that is not there, loses the device, as an illegal address does;
+// * the device's handle is not its number, memory is aligned to 512 bytes and no better, and giving things back needs a context;
+// * it fails where it is told to: at one descriptor, at one launch, at one allocation, or from one copy on, as a lost device. A
+//   lost device refuses everything but giving things back.
 //
 // "Device" memory is the process's own, but at the address that callers get nobody may read or write it (PROT_NONE), except while
 // a kernel runs: code of ours that touches it crashes. The stub itself uses a second mapping. Kernels are copy_folios.cu and
@@ -36,7 +40,7 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 struct CUmemLocation { int type, id; };
 struct CUmemcpyAttributes { int srcAccessOrder; CUmemLocation srcLocHint, dstLocHint; unsigned int flags; };
-enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_INVALID_HANDLE = 400,
+enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_INVALID_DEVICE = 101, CUDA_ERROR_INVALID_CONTEXT = 201, CUDA_ERROR_INVALID_HANDLE = 400,
        CUDA_ERROR_NOT_FOUND = 500, CUDA_ERROR_NOT_READY = 600, CUDA_ERROR_LAUNCH_FAILED = 719 };
 #endif
 
@@ -68,7 +72,9 @@ static std::recursive_mutex lock;
 static CUcontext const context = reinterpret_cast<CUcontext>(0xc0);
 static thread_local CUcontext current;
 #define ENTER std::lock_guard<std::recursive_mutex> guard(lock); if (stub.lost) return CUDA_ERROR_LAUNCH_FAILED
-#define ENTER_CONTEXT ENTER; if (current != context) return CUDA_ERROR_INVALID_CONTEXT
+#define IN_CONTEXT if (current != context) return CUDA_ERROR_INVALID_CONTEXT
+#define ENTER_CONTEXT ENTER; IN_CONTEXT
+#define GIVE_BACK IN_CONTEXT; std::lock_guard<std::recursive_mutex> guard(lock)
 
 struct CUstream_st { std::deque<std::function<void()>> queue; };
 struct CUevent_st { CUstream stream; bool over, asked, timing, recorded; int64_t at; };
@@ -88,24 +94,35 @@ static void spend(int64_t ns, size_t size)
 	stub.device_ns += ns + stub.ps_byte * int64_t(size) / 1000;
 }
 
-// Device memory: where each piece begins for callers, its size, and where the stub reaches it.
+// Device memory: where each piece begins for callers, its size, and where the stub reaches it. Pinned memory likewise.
+enum { ALIGNMENT = 512 };
 struct piece { size_t size; char *here; };
-static std::map<uintptr_t, piece> device_memory;
+typedef std::map<uintptr_t, piece> pieces;
+static pieces device_memory, pinned_memory;
 
-static const std::pair<const uintptr_t, piece> *find_piece(uintptr_t address)
+static const pieces::value_type *find_in(const pieces &memory, uintptr_t address)
 {
-	auto next = device_memory.upper_bound(address);
+	auto next = memory.upper_bound(address);
 
-	if (next == device_memory.begin() || address >= std::prev(next)->first + std::prev(next)->second.size)
+	if (next == memory.begin() || address >= std::prev(next)->first + std::prev(next)->second.size)
 		return nullptr;
 	return &*std::prev(next);
 }
 
-static bool is_whole(uintptr_t address, size_t size)            // not half in device memory, half beyond
+static const pieces::value_type *find_piece(uintptr_t address) { return find_in(device_memory, address); }
+
+static bool is_reached(uintptr_t address, size_t size)          // by the device: all of it in one piece
 {
 	auto found = find_piece(address);
 
-	return !found || address + size <= found->first + found->second.size;
+	if (!found)
+		found = find_in(pinned_memory, address);
+	return found && address + size <= found->first + found->second.size;
+}
+
+static bool is_whole(uintptr_t address, size_t size)            // not half in one piece, half beyond
+{
+	return is_reached(address, size) || (!find_piece(address) && !find_in(pinned_memory, address));
 }
 
 static void *reach(uintptr_t address)
@@ -122,7 +139,7 @@ struct kernel_runs {
 	static void protect(int access)
 	{
 		for (auto &one : device_memory)
-			mprotect(reinterpret_cast<void *>(one.first), one.second.size, access);
+			mprotect(reinterpret_cast<void *>(one.first - ALIGNMENT), one.second.size + ALIGNMENT, access);
 	}
 };
 
@@ -150,44 +167,53 @@ static void copy(CUdeviceptr dst, CUdeviceptr src, size_t size)
 EXPORT cuInit(unsigned int flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
 EXPORT cuDriverGetVersion(int *version) { *version = stub.version; return CUDA_SUCCESS; }
 
+static CUdevice const the_device = 7;
+
+EXPORT cuDeviceGet(CUdevice *made, int number)
+{
+	ENTER;
+	*made = the_device;
+	return number ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
+}
+
 EXPORT cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device)
 {
-	if (device)
-		return CUDA_ERROR_INVALID_VALUE;
+	if (device != the_device)
+		return CUDA_ERROR_INVALID_DEVICE;
 	*value = attribute == 16 ? 5 : attribute == 75 ? 9 : 0;
 	return CUDA_SUCCESS;
 }
 
-EXPORT cuDeviceGetName(char *name, int length, CUdevice)
+EXPORT cuDeviceGetName(char *name, int length, CUdevice device)
 {
 	strncpy(name, "stub, not a GPU", length);
-	return CUDA_SUCCESS;
+	return device != the_device ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
 }
 
 EXPORT cuDevicePrimaryCtxRetain(CUcontext *made, CUdevice device)
 {
 	ENTER;
 	*made = context;
-	return device ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+	return device != the_device ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
 }
 
-EXPORT cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
-EXPORT cuCtxSetCurrent(CUcontext wanted) { current = wanted; return CUDA_SUCCESS; }
-
-static CUresult allocate(void **made, size_t size)
+EXPORT cuCtxSetCurrent(CUcontext wanted)
 {
-	if (stub.fail_alloc == stub.allocs++ || !size)
-		return CUDA_ERROR_OUT_OF_MEMORY;
-	*made = operator new(size, std::align_val_t(4096));
-	memset(*made, 0xa5, size);
-	return CUDA_SUCCESS;
+	if (wanted && wanted != context)
+		return CUDA_ERROR_INVALID_CONTEXT;
+	current = wanted;
+	return wanted && stub.lost ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
 }
 
-static CUresult release(void *memory)
+// Memory of a test's own that stands for pinned memory (as cuMemHostRegister() would make it), and no more.
+extern "C" __attribute__((visibility("default"))) void stub_pin(uintptr_t address, size_t size)
 {
-	stub.frees++;
-	operator delete(memory, std::align_val_t(4096));
-	return CUDA_SUCCESS;
+	std::lock_guard<std::recursive_mutex> guard(lock);
+
+	if (size)
+		pinned_memory[address] = piece{size, nullptr};
+	else
+		pinned_memory.erase(address);
 }
 
 static int64_t device_free()
@@ -205,17 +231,17 @@ EXPORT cuMemAlloc_v2(CUdeviceptr *made, size_t size)
 	if (stub.fail_alloc == stub.allocs++ || !size || int64_t(size) > device_free())
 		return CUDA_ERROR_OUT_OF_MEMORY;
 	int file = memfd_create("device memory of the stub", 0);
-	if (ftruncate(file, size))
+	if (ftruncate(file, size + ALIGNMENT))
 		return CUDA_ERROR_OUT_OF_MEMORY;
-	void *here = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-	void *there = mmap(nullptr, size, PROT_NONE, MAP_SHARED, file, 0);
+	char *here = static_cast<char *>(mmap(nullptr, size + ALIGNMENT, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0)) + ALIGNMENT;
+	char *there = static_cast<char *>(mmap(nullptr, size + ALIGNMENT, PROT_NONE, MAP_SHARED, file, 0)) + ALIGNMENT;
 	close(file);
 	if (size <= 1 << 20)
 		memset(here, 0xa5, size);               // of more only the first, or every test would pay for all of it
 	else
 		memset(here, 0xa5, 1 << 20);
 	*made = reinterpret_cast<CUdeviceptr>(there);
-	device_memory[*made] = piece{size, static_cast<char *>(here)};
+	device_memory[*made] = piece{size, here};
 	return CUDA_SUCCESS;
 }
 
@@ -229,13 +255,13 @@ EXPORT cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
 
 EXPORT cuMemFree_v2(CUdeviceptr memory)
 {
-	std::lock_guard<std::recursive_mutex> guard(lock);
+	GIVE_BACK;
 	auto found = device_memory.find(memory);
 
 	if (found == device_memory.end())
 		return CUDA_ERROR_INVALID_VALUE;
-	munmap(found->second.here, found->second.size);
-	munmap(reinterpret_cast<void *>(memory), found->second.size);
+	munmap(found->second.here - ALIGNMENT, found->second.size + ALIGNMENT);
+	munmap(reinterpret_cast<void *>(memory - ALIGNMENT), found->second.size + ALIGNMENT);
 	device_memory.erase(found);
 	stub.frees++;
 	return CUDA_SUCCESS;
@@ -246,13 +272,38 @@ EXPORT cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdevic
 	ENTER_CONTEXT;
 	if (attribute != 2)
 		return CUDA_ERROR_INVALID_VALUE;
+	if (!is_reached(address, 1))
+		return CUDA_ERROR_INVALID_VALUE;
 	*static_cast<unsigned int *>(value) = find_piece(address) ? 2 : 1;
-	// Host memory that no call has pinned is not known to it; here nobody keeps account of that.
 	return CUDA_SUCCESS;
 }
 
-EXPORT cuMemHostAlloc(void **made, size_t size, unsigned int) { ENTER_CONTEXT; return allocate(made, size); }
-EXPORT cuMemFreeHost(void *memory) { return release(memory); }
+EXPORT cuMemHostAlloc(void **made, size_t size, unsigned int flags)
+{
+	ENTER_CONTEXT;
+	if (flags != 3)
+		return CUDA_ERROR_INVALID_VALUE;        // not portable, or not mapped: the device need not reach it
+	if (stub.fail_alloc == stub.allocs++ || !size)
+		return CUDA_ERROR_OUT_OF_MEMORY;
+	char *whole = static_cast<char *>(operator new(size + ALIGNMENT, std::align_val_t(4096)));
+	memset(whole, 0xa5, size + ALIGNMENT);
+	*made = whole + ALIGNMENT;
+	pinned_memory[reinterpret_cast<uintptr_t>(*made)] = piece{size, whole};
+	return CUDA_SUCCESS;
+}
+
+EXPORT cuMemFreeHost(void *memory)
+{
+	GIVE_BACK;
+	auto found = pinned_memory.find(reinterpret_cast<uintptr_t>(memory));
+
+	if (found == pinned_memory.end() || !found->second.here)
+		return CUDA_ERROR_INVALID_VALUE;
+	operator delete(found->second.here, std::align_val_t(4096));
+	pinned_memory.erase(found);
+	stub.frees++;
+	return CUDA_SUCCESS;
+}
 
 EXPORT cuStreamCreate(CUstream *made, unsigned int flags)
 {
@@ -273,7 +324,7 @@ EXPORT cuStreamSynchronize(CUstream stream)
 
 EXPORT cuStreamDestroy_v2(CUstream stream)
 {
-	std::lock_guard<std::recursive_mutex> guard(lock);
+	GIVE_BACK;
 	run(stream);
 	delete stream;
 	stub.streams--;
@@ -334,7 +385,13 @@ EXPORT cuEventElapsedTime(float *ms, CUevent start, CUevent stop)
 	return CUDA_SUCCESS;
 }
 
-EXPORT cuEventDestroy_v2(CUevent event) { delete event; stub.events--; return CUDA_SUCCESS; }
+EXPORT cuEventDestroy_v2(CUevent event)
+{
+	GIVE_BACK;
+	delete event;
+	stub.events--;
+	return CUDA_SUCCESS;
+}
 
 EXPORT cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t size, CUstream stream)
 {
@@ -370,7 +427,7 @@ static CUresult memcpy_batch(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes
 	if (int64_t(count) > stub.most_descriptors)
 		stub.most_descriptors = count;
 	for (size_t i = 0; i < count; i++) {
-		if (!dsts[i] || !srcs[i] || !sizes[i] || !is_whole(dsts[i], sizes[i]) || !is_whole(srcs[i], sizes[i]) || stub.fail_copy == stub.copies++) {
+		if (!dsts[i] || !srcs[i] || !sizes[i] || !is_reached(dsts[i], sizes[i]) || !is_reached(srcs[i], sizes[i]) || stub.fail_copy == stub.copies++) {
 			*fail_idx = i;
 			result = CUDA_ERROR_INVALID_VALUE;
 			break;
@@ -394,8 +451,6 @@ EXPORT cuModuleLoadData(CUmodule *module, const void *image)
 	return strcmp(static_cast<const char *>(image), "stub image") ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
-EXPORT cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
-
 static CUfunction const the_copy = reinterpret_cast<CUfunction>(0xf0), the_checksum = reinterpret_cast<CUfunction>(0xf1);
 
 EXPORT cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name)
@@ -403,6 +458,33 @@ EXPORT cuModuleGetFunction(CUfunction *function, CUmodule module, const char *na
 	ENTER_CONTEXT;
 	*function = !strcmp(name, "copy_folios") ? the_copy : !strcmp(name, "checksum_pages") ? the_checksum : nullptr;
 	return module != reinterpret_cast<CUmodule>(0xd0) || !*function ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
+}
+
+// Whether the device reaches all that a launch would touch.
+static bool all_reached(u64 dst_base, u64 src_base, folio_pair *pairs, const folio_batch &batch)
+{
+	for (u32 order = 0; order <= MAX_ORDER; order++) {
+		u64 nr = (batch.first_item[order + 1] - batch.first_item[order]) >> order;
+		uintptr_t first = reinterpret_cast<uintptr_t>(pairs + batch.first_pair[order]);
+
+		if (nr && !is_reached(first, nr * sizeof(folio_pair)))
+			return false;
+		for (auto *pair = static_cast<folio_pair *>(reach(first)); nr--; pair++)
+			for (u64 address : {dst_base + (u64(pair->dst) << PAGE_SHIFT), src_base + (u64(pair->src) << PAGE_SHIFT)})
+				if (address % 16 || !is_reached(address, u64(1) << (order + PAGE_SHIFT)))
+					return false;
+	}
+	return true;
+}
+
+static bool all_reached(u64 base, u32 *pages, u64 nr_pages, u64 *sums)
+{
+	if (!is_reached(uintptr_t(pages), nr_pages * sizeof(*pages)) || !is_reached(uintptr_t(sums), nr_pages * sizeof(*sums)) || u64(sums) % 8)
+		return false;
+	for (auto *page = static_cast<u32 *>(reach(uintptr_t(pages))); nr_pages--; page++)
+		if (!is_reached(base + (u64(*page) << PAGE_SHIFT), 1 << PAGE_SHIFT))
+			return false;
+	return true;
 }
 
 EXPORT cuLaunchKernel(CUfunction function, unsigned int blocks, unsigned int blocks_y, unsigned int blocks_z,
@@ -431,7 +513,12 @@ EXPORT cuLaunchKernel(CUfunction function, unsigned int blocks, unsigned int blo
 		u32 *pages = *static_cast<u32 **>(arguments[1]);
 		u64 *sums = *static_cast<u64 **>(arguments[3]);
 
-		stream->queue.push_back([=] { for_each_thread([=] { checksum::checksum_pages(base, pages, nr_pages, sums); }); });
+		stream->queue.push_back([=] {
+			if (all_reached(base, pages, nr_pages, sums))
+				for_each_thread([=] { checksum::checksum_pages(base, pages, nr_pages, sums); });
+			else
+				stub.lost = 1;
+		});
 		return CUDA_SUCCESS;
 	}
 	u64 dst_base = *static_cast<u64 *>(arguments[0]), src_base = *static_cast<u64 *>(arguments[1]);
@@ -439,7 +526,10 @@ EXPORT cuLaunchKernel(CUfunction function, unsigned int blocks, unsigned int blo
 	folio_batch batch = *static_cast<folio_batch *>(arguments[3]);
 	stream->queue.push_back([=] {
 		spend(stub.ns_launch, size_t(batch.first_item[MAX_ORDER + 1]) << PAGE_SHIFT);
-		for_each_thread([=] { copy_folios(dst_base, src_base, pairs, batch); });
+		if (all_reached(dst_base, src_base, pairs, batch))
+			for_each_thread([=] { copy_folios(dst_base, src_base, pairs, batch); });
+		else
+			stub.lost = 1;
 	});
 	return CUDA_SUCCESS;
 }
