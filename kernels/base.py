@@ -95,6 +95,9 @@ class DmaProvider(Protocol):
     reaches_devices: bool
     """Whether its channels copy to and from device memory; absent means no."""
 
+    needs_pinned: bool
+    """Whether they reach host memory only where it is pinned; absent means no."""
+
     nr_chans: int
     """How many channels it has. Numbers 0 to nr_chans - 1; each is given to one client at a time."""
 

@@ -464,6 +464,11 @@ class CudaProvider:
     def name(self):
         return self.way
 
+    @property
+    def needs_pinned(self):
+        """A kernel that touches other host memory ends the context and all that lies on the device; the batch call is not asked."""
+        return self.way != "cuda-loop"
+
     def alloc_chan_resources(self, number):
         """Channel ``number``; -ENODEV where the device is out of service or gives no stream."""
         if self.device.fault:

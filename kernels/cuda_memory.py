@@ -20,7 +20,9 @@ from offload.kernels.cuda_driver import CudaError
 __all__ = ("DeviceMemory", "Mover")
 
 PIECE_PAGES = 1 << 16
-"""Pages whose checksums are asked for in one launch."""
+"""Pages whose checksums are asked for in one launch; 12 bytes of the scratch memory each."""
+SCRATCH_BYTES = 2 * FRAME_SIZE + 12 * PIECE_PAGES
+"""What a Mover takes of the device's memory, at once: later there may be none left."""
 BLOCK_THREADS = 256
 
 
@@ -44,7 +46,7 @@ class Mover:
     def __init__(self, device):
         device.enter()
         self.device, self.driver = device, device.driver
-        self.scratch = DeviceMemory(device, 2 * FRAME_SIZE)
+        self.scratch = DeviceMemory(device, SCRATCH_BYTES)
         self.stream = self.driver.stream()
         weakref.finalize(self, give_back, device, "cuStreamDestroy_v2", self.stream)
 
@@ -91,13 +93,13 @@ class Mover:
     def _launch(self, function, base, pages, sums):
         lowest = int(pages.min())
         listed = (pages - lowest).astype(np.uint32)
-        room = DeviceMemory(self.device, sums.nbytes + listed.nbytes)
-        self.fill(room.address, 0, sums.nbytes)
-        self.copy(room.address + sums.nbytes, listed.ctypes.data, listed.nbytes)
+        room = self.scratch.address + 2 * FRAME_SIZE
+        self.fill(room, 0, sums.nbytes)
+        self.copy(room + sums.nbytes, listed.ctypes.data, listed.nbytes)
         blocks = min(self.device.nr_sms * 4, -(-len(pages) * 32 // BLOCK_THREADS))
         self.driver.launch(function, blocks, BLOCK_THREADS, self.stream, np.uint64(base + (lowest << FRAME_SHIFT)),
-                           np.uint64(room.address + sums.nbytes), np.uint64(len(pages)), np.uint64(room.address))
-        self.copy(sums.ctypes.data, room.address, sums.nbytes)
+                           np.uint64(room + sums.nbytes), np.uint64(len(pages)), np.uint64(room))
+        self.copy(sums.ctypes.data, room, sums.nbytes)
         self.sync()
 
     def _checksums_here(self, base, pages):

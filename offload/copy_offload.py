@@ -22,7 +22,7 @@ import numpy as np
 
 from offload.errors import Busy, EngineUnavailable, InvalidInput
 from offload.kernels.base import CopyPlan
-from offload.mm.memmap import PLACE_DEVICE
+from offload.mm.memmap import PLACE_DEVICE, PLACE_HOST
 from offload.units import EOPNOTSUPP, PROTOCOL_V5, PROTOCOL_V6, PROTOCOLS, MigrateReason, parse_unsigned
 
 __all__ = ("FolioBatch", "Migrator", "CopyOffload", "parse_reason_mask", "format_reason_mask", "ALL_REASONS",
@@ -72,7 +72,8 @@ class Migrator(Protocol):
     ``owner`` stands for its module (THIS_MODULE): anything that is not None; one with a true ``going`` is being removed.
     None, or no such attribute: built in. ``meets_poison`` False: a memory error in a source goes unnoticed, as with a DMA
     driver; True or absent: the copy ends there, as the CPU routine's. ``reaches_devices`` False: it cannot be registered on a
-    machine with a node in device memory; True or absent: it can. ``should_batch(reason)`` is for v4 and flags alone, see
+    machine with a node in device memory; True or absent: it can. ``needs_pinned`` True: it cannot where a node lies in host
+    memory that is not pinned; False or absent: it can. ``should_batch(reason)`` is for v4 and flags alone, see
     :meth:`CopyOffload.register`.
     """
 
@@ -86,7 +87,8 @@ class CopyOffload:
 
     def __init__(self, mem):
         self._sys = mem.sys
-        self._on_device = np.flatnonzero(mem.nodes.place == PLACE_DEVICE)
+        self._on_device, self._pageable = (np.flatnonzero((mem.nodes.place == place) & (mem.nodes.nr_pages > 0))
+                                           for place in (PLACE_DEVICE, PLACE_HOST))
         self.migrator = None
         self.batches = 0
         self.failed_batches = 0
@@ -104,7 +106,7 @@ class CopyOffload:
         without the attribute answers from ``reasons``.
 
         InvalidInput (-EINVAL) without a migrator or its ``offload_copy``, without an owner in v5, for a bad mask, or where a
-        node lies in device memory and it reaches none; Busy
+        node lies where it does not reach; Busy
         (-EBUSY) while one is on duty, be it the same; EngineUnavailable (-ENODEV) if the owner is going away. After any of
         them nothing has changed. Takes effect at the next batch.
         """
@@ -122,6 +124,9 @@ class CopyOffload:
         if len(self._on_device) and not getattr(migrator, "reaches_devices", True):
             raise InvalidInput(f"migrator {migrator.name!r} copies on the CPU, which does not reach node {self._on_device[0]} in device "
                                f"memory; register a Dcbm over a CudaProvider, or McCopy('plain')")
+        if len(self._pageable) and getattr(migrator, "needs_pinned", False):
+            raise InvalidInput(f"migrator {migrator.name!r} reaches host memory only where it is pinned, and node {self._pageable[0]} is not; "
+                               f"build the machine with placement 'pinned' or 'device', or register cuda-loop or one of the CPU")
         if getattr(owner, "going", False):
             raise EngineUnavailable(f"migrator {migrator.name!r} cannot be registered: its owner {owner!r} is going away")
         if protocol == PROTOCOL_V5:

@@ -288,6 +288,29 @@ class TestFailures:
             assert copy(backend, plan)[0] == 0
 
 
+    def test_ctrl_c_while_a_batch_is_queued(self, stub, monkeypatch):
+        """What was queued is waited out; without an event behind it nobody says that it has arrived."""
+        plan, dst, src, before = pages(8)
+        device = stub.device()
+        channel, result = CudaProvider(device, "cuda-loop").alloc_chan_resources(0), np.zeros(8, np.uint8)
+        batch = channel.prep_dma_memcpy(plan, result, "each")
+        channel.submit(batch)
+        memcpy = device.driver.functions["cuMemcpyAsync"]
+
+        def interrupted(*arguments):
+            if stub.state.copies == 5:
+                raise KeyboardInterrupt
+            return memcpy(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setitem(device.driver.functions, "cuMemcpyAsync", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                channel.issue_pending()
+        channel.terminate_sync()
+        assert stub.state.executed == 5 and (result == DMA_TRANS_ABORTED).all()
+        channel.close()
+
+
 class TestLifetimes:
     """Buffers live until their event, and everything is given back."""
 

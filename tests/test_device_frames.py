@@ -333,6 +333,16 @@ class TestRefusals:
             far.machine.register(make())
         assert "\n" not in str(refused.value) and far.machine.offload.migrator is None
 
+    @pytest.mark.parametrize("name", ["cuda-batch", "cuda-kernel"])
+    @pytest.mark.parametrize("nodes", ["host,host", "host,pinned", "device,host"])
+    def test_engines_that_do_not_reach_pageable_memory(self, stub, name, nodes):
+        """A kernel that touched it would take the device with it, and all that lies there."""
+        machine = world_of(nodes).machine
+        for wrap in (lambda migrator: migrator, FaultyMigrator):
+            with pytest.raises(InvalidInput, match=f"pinned, and node {nodes.split(',').index('host')} is not") as refused:
+                machine.register(wrap(parse_engine(name).make_migrator()))
+            assert "\n" not in str(refused.value) and machine.offload.migrator is None
+
     def test_more_than_the_device_has(self, stub):
         stub.have_bytes(40 << 20)
         with pytest.raises(OutOfMemory, match="need 68M and stub, not a GPU has 40M free") as refused:
@@ -374,7 +384,7 @@ class TestRefusals:
         world = world_of("device,device")
         del world
         gc.collect()
-        assert stub.state.frees - frees == 3        # two nodes and a scratch of two pages
+        assert stub.state.frees - frees == 3        # two nodes and the scratch memory
 
 
 class TestChecksums:
@@ -384,6 +394,16 @@ class TestChecksums:
         pfns = np.array(far.pfns(50))[np.random.default_rng(1).permutation(50)]
         frames = far.machine.frames
         assert np.array_equal(frames.checksums(pfns), checksum_pages(np.concatenate([frames.read(pfn, 1) for pfn in pfns.tolist()])))
+
+    def test_on_a_device_that_is_full(self, stub):
+        """They need no memory that is not there: a device without any left is not a lost one."""
+        gc.collect()
+        world = world_of("device,device")
+        pfns = np.array(world.pfns(50))
+        stub.have_bytes(0)
+        frames = world.machine.frames
+        assert np.array_equal(frames.checksums(pfns), checksum_pages(np.concatenate([frames.read(pfn, 1) for pfn in pfns.tolist()])))
+        assert frames.lost == () and stub.lines == []
 
     def test_across_nodes(self):
         world = world_of("host,device")

@@ -20,6 +20,8 @@ class Auto:
     reaches_devices = True
     """The CPU's is among them, but chosen only where it reaches both ends."""
 
+    needs_pinned = True
+
     def __init__(self, choose, migrators):
         self.choose, self.migrators = choose, migrators
         self.handed = collections.Counter()

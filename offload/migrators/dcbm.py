@@ -87,6 +87,11 @@ class Dcbm:
         return getattr(self.device.provider, "reaches_devices", False)
 
     @property
+    def needs_pinned(self):
+        """Whether they reach host memory only where it is pinned."""
+        return getattr(self.device.provider, "needs_pinned", False)
+
+    @property
     def nr_dma_chan(self):
         return self._nr_dma_chan
 

@@ -41,6 +41,10 @@ class FaultyMigrator:
     def reaches_devices(self):
         return getattr(self.migrator, "reaches_devices", True)
 
+    @property
+    def needs_pinned(self):
+        return getattr(self.migrator, "needs_pinned", False)
+
     def offload_copy(self, batch, done):
         if self.declines:
             return -EOPNOTSUPP

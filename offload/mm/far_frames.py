@@ -72,12 +72,12 @@ class NodeFrames:
     def _open(self, nbytes):
         from offload.kernels.cuda import open_device
         from offload.kernels.cuda_engines import CudaError
-        from offload.kernels.cuda_memory import Mover
+        from offload.kernels.cuda_memory import SCRATCH_BYTES, Mover
         self.device = open_device()
         try:
             self.device.enter()
             free = self.device.driver.free_bytes()
-            if nbytes > free:
+            if nbytes + SCRATCH_BYTES > free:
                 raise OutOfMemory(f"nodes in device memory need {format_size(nbytes)} and {self.device.name} has {format_size(free)} "
                                   f"free; make the nodes smaller, or use placement 'pinned'")
             self.mover = Mover(self.device)
