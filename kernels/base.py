@@ -227,11 +227,12 @@ def refuse_overlap(plan):
 def _refuse_overlap(dst, src, nbytes):
     if not len(dst):
         return
-    by_start = np.argsort(dst, kind="stable")
+    by_start = np.argsort(dst)
     start, end = dst[by_start], (dst + nbytes)[by_start]
     # Sorted by start, any overlap implies one between neighbours.
-    clash = np.flatnonzero(start[1:] < end[:-1])
-    if len(clash):
+    if (start[1:] < end[:-1]).any():
+        by_start = np.argsort(dst, kind="stable")   # dearer, and what is named is then the same everywhere
+        clash = np.flatnonzero(dst[by_start][1:] < (dst + nbytes)[by_start][:-1])
         _overlap("dst", by_start[clash[0]], "dst", by_start[clash[0] + 1])
     if end[-1] <= src.min() or (src + nbytes).max() <= start[0]:
         return                                      # the common case: two nodes

@@ -46,7 +46,8 @@ SLOTS = 4
 """Staging buffers of a channel of cuda-kernel: lists are written while others are read. Two would keep it busy; a client
 may prepare more batches than that before it waits."""
 
-_SPIN_NS = 200_000
+_SPIN_NS = 5_000_000
+"""So long the end of a batch is asked for without a pause: a nap of 20 us takes about 100, and 128 MiB over PCIe less than this."""
 _NAP_S = 20e-6
 _FOR_EVER_NS = 1 << 62
 
@@ -121,7 +122,8 @@ class PinnedMemory:
 
 
 class Batch:
-    """What is prepared on a channel. ``unit_of[i]`` is the unit that entry i belongs to, ``status[u]`` how unit u ended.
+    """What is prepared on a channel. ``unit_of[i]`` is the unit that entry i belongs to (None: there is but one), ``status[u]`` how
+    unit u ended.
 
     ``segments`` are (event, start, stop): when the event is over, those of units start .. stop - 1 that were queued have
     ended. ``work`` is what the way of copying needs, and what must stay alive meanwhile.
@@ -132,21 +134,29 @@ class Batch:
         self.work, self.unit_of = work, unit_of
         self.status = np.full(nr_units, DMA_IN_PROGRESS, np.uint8)
         self.segments = collections.deque()
+        self._published = False
 
     def end(self, start, stop, status):
         """Units that are still in progress end like this."""
         units = self.status[start:stop]
         units[units == DMA_IN_PROGRESS] = status
+        self._published = False
 
     def publish(self):
         """Give each entry the result of its unit."""
-        self.result[:] = self.status[self.unit_of]
+        if self._published:
+            return
+        if self.unit_of is None:
+            self.result[:] = self.status
+        else:
+            np.take(self.status, self.unit_of, out=self.result, mode="clip")
+        self._published = True
 
     @property
     def ended(self):
         """Whether the descriptors that signal have a result."""
-        if self.interrupt == "last" and len(self.unit_of):
-            return self.status[self.unit_of[-1]] != DMA_IN_PROGRESS
+        if self.interrupt == "last" and len(self.result):
+            return self.status[0 if self.unit_of is None else self.unit_of[-1]] != DMA_IN_PROGRESS
         return not (self.status == DMA_IN_PROGRESS).any()
 
 
@@ -212,13 +222,11 @@ class Kernel:
         if slot is None:
             return None
         try:
-            launch = lay_out(plan, check=self.options.check)
+            launch = lay_out(plan, check=self.options.check, room=slot.room)
         except TooFarApart:                         # several memories on one side of a batch: the other ways can
             return None
-        if launch.nr_items:
-            slot.write(launch.pairs)
         slot.used = True
-        return (launch, slot), np.zeros(plan.nr_folios, np.int64), int(launch.nr_items > 0)
+        return (launch, slot), None, int(launch.nr_items > 0)
 
     def queue(self, batch):
         channel, (launch, slot) = self.channel, batch.work
@@ -257,27 +265,27 @@ class Slot:
 
     def __init__(self, device):
         self.device, self.used, self.uploaded = device, False, False
-        self.pinned, self.address = None, None
+        self.pinned, self.address, self._pairs = None, None, None
 
-    def write(self, pairs):
-        """Hold ``pairs``, in larger memory if need be. CudaError if there is none; then it holds nothing."""
-        if self.pinned is None or self.pinned.nbytes < pairs.nbytes:
+    def room(self, nr):
+        """A (nr, 2) uint32 array in its pinned memory, larger memory if need be. CudaError if there is none; then it has nothing."""
+        if self.pinned is None or self.pinned.nbytes < 8 * nr:
             self.close()
-            pinned = PinnedMemory(self.device, 1 << max(pairs.nbytes - 1, 4095).bit_length())
+            pinned = PinnedMemory(self.device, 1 << max(8 * nr - 1, 4095).bit_length())
             try:
                 self.address = self.device.driver.alloc(pinned.nbytes)
             except CudaError:
                 pinned.close()
                 raise
-            self.pinned = pinned
-        ctypes.memmove(self.pinned.address, pairs.ctypes.data, pairs.nbytes)
+            self.pinned, self._pairs = pinned, pinned.view().view(np.uint32).reshape(-1, 2)
         self.uploaded = False
+        return self._pairs[:nr]
 
     def close(self):
         if self.pinned:
             self.pinned.close()
             self.device.quietly("cuMemFree_v2", self.address)
-        self.pinned, self.address = None, None
+        self.pinned, self.address, self._pairs = None, None, None
 
 
 WAYS = {"cuda-loop": Loop, "cuda-batch": Chunks, "cuda-kernel": Kernel}
@@ -355,6 +363,7 @@ class CudaChannel:
     def close(self):
         """Give the stream and its memory back."""
         self.free_chan_resources()
+        self.device.enter_quietly()
         self.way.close()
         for event in self._spare_events:
             self.device.quietly("cuEventDestroy_v2", event)
@@ -405,10 +414,14 @@ class CudaChannel:
                 batch.end(start, stop, DMA_TRANS_NOERROR)
                 self._spare_events.append(event)
                 batch.segments.popleft()
+            if (batch.status == DMA_IN_PROGRESS).any():
+                return                              # Ctrl-C while they were queued: _settle() ends these
             self._retire(batch)
 
     def _settle(self):
         # Nothing is under way on the stream any more: either it has ended, or the device is lost and writes no more.
+        if not self._issued and not self.device.fault:
+            return                                  # every batch was seen to end
         self.device.enter_quietly()
         try:
             self.driver("cuStreamSynchronize", self.stream)

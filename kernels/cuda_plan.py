@@ -68,24 +68,28 @@ def merge_runs(plan, *, check=True):
     nbytes = np.uint64(FRAME_SIZE) << plan.order.astype(np.uint64)
     sequence = None
     if (dst[1:] < dst[:-1]).any():
-        sequence = np.argsort(dst, kind="stable")
+        sequence = np.argsort(dst)                  # no two are equal
         dst, src, nbytes = dst[sequence], src[sequence], nbytes[sequence]
-    starts = np.ones(len(dst), bool)
-    starts[1:] = (dst[:-1] + nbytes[:-1] != dst[1:]) | (src[:-1] + nbytes[:-1] != src[1:])
+    end = dst + nbytes
+    starts, ends = np.ones(len(dst), bool), np.ones(len(dst), bool)
+    starts[1:] = ends[:-1] = (end[:-1] != dst[1:]) | (src[:-1] + nbytes[:-1] != src[1:])
     first = np.flatnonzero(starts)
     run = np.cumsum(starts) - 1
     run_of = run
     if sequence is not None:
         run_of = np.empty(len(run), np.int64)
         run_of[sequence] = run
-    total = np.add.reduceat(nbytes, first) if len(first) else nbytes
-    return Runs(dst[first], src[first], total, run_of)
+    return Runs(dst[first], src[first], end[ends] - dst[first], run_of)
 
 
-def lay_out(plan, *, check=True):
+def list_in_memory(nr):
+    return np.empty((nr, 2), np.uint32)
+
+
+def lay_out(plan, *, check=True, room=list_in_memory):
     """The Launch of a plan: its folios sorted by order, in list order within one. InvalidInput as merge_runs().
 
-    Neighbours are not merged: a pair costs 8 bytes of list, and a warp finds its page without them.
+    ``room(n)`` gives the (n, 2) uint32 array for the pairs, asked for when nothing can be refused any more. Neighbours are not merged: a pair costs 8 bytes of list, and a warp finds its page without them.
     """
     if check:
         refuse_overlap(plan)
@@ -93,10 +97,11 @@ def lay_out(plan, *, check=True):
     if len(order) and (order != order[0]).any():
         sequence = np.argsort(order, kind="stable")
         order, dst, src = order[sequence], dst[sequence], src[sequence]
-    dst_base, dst = _rebase("dst", plan.dst_base, dst)
-    src_base, src = _rebase("src", plan.src_base, src)
-    pairs = np.empty((len(order), 2), np.uint32)
-    pairs[:, 0], pairs[:, 1] = dst, src
+    lowest = [_lowest("dst", dst), _lowest("src", src)]
+    pairs = room(len(order))
+    for side, frames in enumerate((dst, src)):
+        np.subtract(frames, lowest[side], out=pairs[:, side], casting="unsafe")
+    dst_base, src_base = ((int(base) + (frame << FRAME_SHIFT)) % 2**64 for base, frame in zip((plan.dst_base, plan.src_base), lowest))
     nr_folios = np.bincount(order, minlength=MAX_ORDER + 1).astype(np.uint64)
     batch = np.zeros((), FOLIO_BATCH_DTYPE)
     batch["first_pair"][1:] = np.cumsum(nr_folios)[:-1]
@@ -120,12 +125,10 @@ def _addresses(base, frames):
     return np.uint64(int(base) % 2**64) + (frames.astype(np.uint64) << np.uint64(FRAME_SHIFT))
 
 
-def _rebase(what, base, frames):
+def _lowest(what, frames):
     if not len(frames):
-        return int(base) % 2**64, frames
-    lowest = int(frames.min())
-    frames = frames - lowest
-    if int(frames.max()) >= 2**32:
-        raise TooFarApart(f"{what} frames {lowest} to {lowest + int(frames.max())} of one batch are 16 TiB or more apart; "
-                           f"copy them in several batches")
-    return (int(base) + (lowest << FRAME_SHIFT)) % 2**64, frames
+        return 0
+    lowest, highest = int(frames.min()), int(frames.max())
+    if highest - lowest >= 2**32:
+        raise TooFarApart(f"{what} frames {lowest} to {highest} of one batch are 16 TiB or more apart; copy them in several batches")
+    return lowest
