@@ -11,7 +11,7 @@ import ctypes
 
 import numpy as np
 
-__all__ = ("CudaError", "Driver", "MemcpyAttributes", "MOST_DESCRIPTORS", "BATCH_VERSION")
+__all__ = ("CudaError", "Driver", "KernelArguments", "MemcpyAttributes", "MOST_DESCRIPTORS", "BATCH_VERSION")
 
 BATCH_VERSION = 12080
 """The form of cuMemcpyBatchAsync that is asked for: that of CUDA 12.8, with failIdx, which later drivers keep."""
@@ -220,8 +220,14 @@ class Driver:
         """The function of that name in a compiled image, which stays loaded."""
         return self._made("cuModuleGetFunction", self._made("cuModuleLoadData", image), name.encode())
 
-    def launch(self, function, blocks, threads, stream, *arguments):
-        """Launch with NumPy scalars or records as arguments, which are copied before it returns."""
-        arguments = [np.ascontiguousarray(argument) for argument in arguments]
-        addresses = (ctypes.c_void_p * len(arguments))(*(argument.ctypes.data for argument in arguments))
-        self("cuLaunchKernel", function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(addresses), None)
+    def launch(self, function, blocks, threads, stream, arguments):
+        """Launch with KernelArguments, which are copied before it returns."""
+        self("cuLaunchKernel", function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(arguments.addresses), None)
+
+
+class KernelArguments:
+    """NumPy scalars and records as a launch takes them: an array of their addresses. Made ahead, it is not what a launch waits for."""
+
+    def __init__(self, *values):
+        self._values = [np.ascontiguousarray(value) for value in values]
+        self.addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in self._values))

@@ -29,7 +29,7 @@ from offload.kernels.base import (
 )
 from offload.kernels.cuda_driver import (
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, MOST_DESCRIPTORS, CudaError,
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, MOST_DESCRIPTORS, CudaError, KernelArguments,
 )
 from offload.kernels.cuda_plan import TooFarApart, lay_out, merge_runs, split_chunks, split_evenly
 from offload.kernels.ranges import named_range
@@ -47,7 +47,7 @@ SLOTS = 4
 may prepare more batches than that before it waits."""
 
 _SPIN_NS = 5_000_000
-"""So long the end of a batch is asked for without a pause: a nap of 20 us takes about 100, and 128 MiB over PCIe less than this."""
+"""So long the end of a batch is asked for without a pause: a nap of 20 us takes four times that and more."""
 _NAP_S = 20e-6
 _FOR_EVER_NS = 1 << 62
 
@@ -226,10 +226,12 @@ class Kernel:
         except TooFarApart:                         # several memories on one side of a batch: the other ways can
             return None
         slot.used = True
-        return (launch, slot), None, int(launch.nr_items > 0)
+        arguments = launch.nr_items and KernelArguments(np.uint64(launch.dst_base), np.uint64(launch.src_base), np.uint64(slot.address),
+                                                        launch.batch)
+        return (launch, slot, arguments), None, int(launch.nr_items > 0)
 
     def queue(self, batch):
-        channel, (launch, slot) = self.channel, batch.work
+        channel, (launch, slot, arguments) = self.channel, batch.work
         if not launch.nr_items:
             return
         most = self.options.blocks or channel.device.nr_sms * BLOCKS_PER_SM
@@ -237,8 +239,7 @@ class Kernel:
         try:
             if not slot.uploaded:
                 self.upload(batch)
-            channel.driver.launch(self.function, blocks, BLOCK_THREADS, channel.stream, np.uint64(launch.dst_base),
-                                  np.uint64(launch.src_base), np.uint64(slot.address), launch.batch)
+            channel.driver.launch(self.function, blocks, BLOCK_THREADS, channel.stream, arguments)
         except CudaError as error:
             channel.failed(batch, 0, 1, error)
         else:
@@ -246,7 +247,7 @@ class Kernel:
 
     def upload(self, batch):
         """Copy the list of a batch up, on the channel's stream. queue() does, unless a benchmark has done it before."""
-        launch, slot = batch.work
+        launch, slot, _ = batch.work
         with named_range("upload"):
             self.channel.driver("cuMemcpyAsync", slot.address, slot.pinned.address, launch.pairs.nbytes, self.channel.stream)
         slot.uploaded = True

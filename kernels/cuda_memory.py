@@ -15,7 +15,7 @@ import numpy as np
 from offload.errors import EngineUnavailable
 from offload.kernels.base import FRAME_SHIFT, FRAME_SIZE
 from offload.kernels.checksum import checksum_pages
-from offload.kernels.cuda_driver import CudaError
+from offload.kernels.cuda_driver import CudaError, KernelArguments
 
 __all__ = ("DeviceMemory", "Mover")
 
@@ -97,8 +97,8 @@ class Mover:
         self.fill(room, 0, sums.nbytes)
         self.copy(room + sums.nbytes, listed.ctypes.data, listed.nbytes)
         blocks = min(self.device.nr_sms * 4, -(-len(pages) * 32 // BLOCK_THREADS))
-        self.driver.launch(function, blocks, BLOCK_THREADS, self.stream, np.uint64(base + (lowest << FRAME_SHIFT)),
-                           np.uint64(room + sums.nbytes), np.uint64(len(pages)), np.uint64(room))
+        self.driver.launch(function, blocks, BLOCK_THREADS, self.stream, KernelArguments(
+            np.uint64(base + (lowest << FRAME_SHIFT)), np.uint64(room + sums.nbytes), np.uint64(len(pages)), np.uint64(room)))
         self.copy(sums.ctypes.data, room, sums.nbytes)
         self.sync()
 

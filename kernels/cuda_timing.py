@@ -25,6 +25,8 @@ from offload.units import format_size
 __all__ = ("BatchTimes", "CudaTimer", "PinnedRows", "DeviceRows", "measure_ceilings", "CEILINGS")
 
 _FOR_EVER_NS = 1 << 62
+WARM_UPS = 4
+"""Of each ceiling, as in nvbandwidth: the first copies after a pause may be slower, and a ceiling is what nothing is above."""
 
 
 class BatchTimes(NamedTuple):
@@ -179,7 +181,7 @@ def measure_ceilings(device, memory, nbytes, repeat):
     """What large cuMemcpyAsync calls give, as the device sees it: {name of CEILINGS: {bytes, device_ns, gbps}}.
 
     ``memory[kind]`` are the addresses of two pieces of ``nbytes``, "device" and "pinned" alike: a copy goes from the first
-    of one to the second of the other. Each is made once to warm up, then ``repeat`` times. ``gbps`` is the median, payload,
+    of one to the second of the other. Each is made WARM_UPS times to warm up, then ``repeat`` times. ``gbps`` is the median, payload,
     of both directions together where there are two. CudaError for what the driver refuses.
     """
     device.enter()
@@ -195,7 +197,7 @@ def measure_ceilings(device, memory, nbytes, repeat):
         out = {}
         for name, copies in CEILINGS.items():
             samples = []
-            for _ in range(1 + repeat):
+            for _ in range(WARM_UPS + repeat):
                 for (src, dst), stream, start, stop in zip(copies, streams, events[:2], events[2:]):
                     driver("cuEventRecord", start, stream)
                     driver("cuMemcpyAsync", memory[dst][1], memory[src][0], nbytes, stream)
@@ -203,7 +205,8 @@ def measure_ceilings(device, memory, nbytes, repeat):
                 for stream in streams:
                     driver("cuStreamSynchronize", stream)
                 samples.append(max(driver.elapsed_ns(events[0], stop) for _, stop in zip(copies, events[2:])))
-            median = statistics.median(samples[1:])
-            out[name] = {"bytes": nbytes * len(copies), "device_ns": samples[1:],
+            samples = samples[WARM_UPS:]
+            median = statistics.median(samples)
+            out[name] = {"bytes": nbytes * len(copies), "device_ns": samples,
                          "gbps": nbytes * len(copies) / median if median else None}
         return out

@@ -65,13 +65,12 @@ class PinnedArena(HostArena):
 
     def __init__(self, nr_frames):
         super().__init__(nr_frames)
-        self._pin(self._bytes.nbytes)
-
-    def _pin(self, nbytes):
-        ctypes.CDLL(str(_stub_library()[1])).stub_pin(ctypes.c_size_t(self._bytes.ctypes.data), ctypes.c_size_t(nbytes))
+        self._pin = ctypes.CDLL(str(_stub_library()[1])).stub_pin
+        self._pin.argtypes = ctypes.c_uint64, ctypes.c_uint64
+        self._pin(self._bytes.ctypes.data, self._bytes.nbytes)
 
     def __del__(self):
-        self._pin(0)
+        self._pin(self._bytes.ctypes.data, 0)
 
 
 class Stub:

@@ -14,7 +14,7 @@ from offload.errors import EngineUnavailable, OutOfMemory
 from offload.kernels import ranges
 from offload.kernels.base import FRAME_SIZE, checked_plan
 from offload.kernels.cuda_engines import CudaProvider, PinnedMemory
-from offload.kernels.cuda_timing import CEILINGS, CudaTimer, DeviceRows, measure_ceilings
+from offload.kernels.cuda_timing import CEILINGS, WARM_UPS, CudaTimer, DeviceRows, measure_ceilings
 
 pytestmark = needs_compiler
 
@@ -154,7 +154,7 @@ class TestCeilings:
         for name, ceiling in found.items():
             assert ceiling["bytes"] == nbytes * (2 if name == "both ways" else 1)
             assert len(ceiling["device_ns"]) == 3 and ceiling["gbps"] == pytest.approx(10, rel=1e-3)
-        assert stub.state.bytes - before[2] == nbytes * 5 * 4       # one of each to warm up
+        assert stub.state.bytes - before[2] == nbytes * 5 * (WARM_UPS + 3)
 
     def test_where_they_go(self, stub):
         device, nbytes = stub.device(), FRAME_SIZE
