@@ -20,6 +20,7 @@ MOST_DESCRIPTORS = 4096
 """In one batch call. 51,828 crashed or hung on one driver (vLLM issue 49276)."""
 
 CUDA_SUCCESS = 0
+CUDA_ERROR_INVALID_VALUE = 1
 CUDA_ERROR_NOT_READY = 600
 CU_STREAM_NON_BLOCKING = 1
 CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2
@@ -178,9 +179,12 @@ class Driver:
         return self._made("cuMemHostAlloc", nbytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP)
 
     def on_device(self, address):
-        """Whether ``address`` lies in device memory; what the driver does not know is ordinary host memory."""
+        """Whether ``address`` lies in device memory; what the driver does not know is ordinary host memory. CudaError if it does
+        not answer: a lost device's memory is not the host's."""
         kind = _flags()
         code = self.functions["cuPointerGetAttribute"](ctypes.byref(kind), CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
+        if code not in (CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE):
+            raise self.error("cuPointerGetAttribute", code)
         return code == CUDA_SUCCESS and kind.value == CU_MEMORYTYPE_DEVICE
 
     # Queueing. A stream of one's own always: the legacy stream would wait for all others.

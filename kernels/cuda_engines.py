@@ -308,8 +308,8 @@ class CudaChannel:
         """None where the device is out of service, out of memory, or a batch too many is under way."""
         if self.device.fault:
             return None
-        self.device.enter()
         try:
+            self.device.enter()
             with named_range("plan"):
                 prepared = self.way.prepare(plan)
         except CudaError as error:
@@ -329,8 +329,8 @@ class CudaChannel:
         return 0
 
     def issue_pending(self):
-        if self._submitted and not self.device.fault:
-            self.device.enter()
+        if self._submitted:
+            self.device.enter_quietly()             # if it fails, so do the calls that need it
         while self._submitted:
             batch = self._submitted.pop(0)
             self._issued.append(batch)

@@ -35,7 +35,7 @@ from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import DeviceRows, PinnedRows
 from offload.report import write_json
-from offload.units import PAGE_SIZE, format_size
+from offload.units import ENODEV, PAGE_SIZE, format_size
 
 __all__ = ("Calibration", "AutoBackend", "open_calibration", "direction_of", "CPU", "ORDERS", "COUNTS")
 
@@ -81,7 +81,7 @@ class Calibration:
         self.device, self.path, self.holds_for = device, pathlib.Path(path), holds_for
         self.makers, self.clock, self.say = makers, clock, say
         self._directions = self._load()             # {direction: [{order, folios, ns: {engine: ns}}]}
-        self._picked = {}
+        self._picked, self._refused = {}, set()
 
     # 1. Asking.
 
@@ -113,8 +113,23 @@ class Calibration:
         return self._picked[key]
 
     def pick_for(self, plan):
-        """The same for a CopyPlan of at least one folio, wherever its frames lie."""
-        return self.pick(direction_of(self.device, plan), plan.nr_folios, plan.nbytes)
+        """The same for a CopyPlan of at least one folio, wherever its frames lie. None where nobody can tell: the device is out of
+        service, or this direction cannot be measured, which is said once."""
+        if self.device.fault:
+            return None
+        try:
+            direction = direction_of(self.device, plan)
+        except CudaError as error:
+            self.device.fail("auto", error)
+            return None
+        if direction in self._refused:
+            return None
+        try:
+            return self.pick(direction, plan.nr_folios, plan.nbytes)
+        except EngineUnavailable as error:
+            self._refused.add(direction)
+            self.say(f"offload: {error}")
+            return None
 
     def winners(self, direction):
         return {fastest(cell) for cell in self.cells(direction)}
@@ -230,7 +245,8 @@ def measure_cells(backends, dst_base, src_base, clock):
 
 
 def direction_of(device, plan):
-    """From where to where a plan of at least one folio copies, as "pinned,device"; all host memory counts as pinned."""
+    """From where to where a plan of at least one folio copies, as "pinned,device"; all host memory counts as pinned. CudaError
+    from a device that does not answer."""
     device.enter()
     ends = (plan.src_base + (int(plan.src[0]) << FRAME_SHIFT), plan.dst_base + (int(plan.dst[0]) << FRAME_SHIFT))
     return ",".join("device" if device.driver.on_device(address) else "pinned" for address in ends)
@@ -251,14 +267,19 @@ class AutoBackend:
         self.close()
 
     def backend_for(self, plan):
-        """(engine name, its CopyBackend) for a plan of at least one folio."""
+        """(engine name, its CopyBackend) for a plan of at least one folio; (None, None) where none can be chosen."""
         name = self.calibration.pick_for(plan)
+        if name is None:
+            return None, None
         if name not in self._backends:
             self._backends[name] = self.calibration.makers[name]()
         return name, self._backends[name]
 
     def copy(self, plan, done):
-        return self.backend_for(plan)[1].copy(plan, done) if plan.nr_folios else 0
+        if not plan.nr_folios:
+            return 0
+        backend = self.backend_for(plan)[1]
+        return backend.copy(plan, done) if backend else -ENODEV
 
     def close(self):
         for backend in self._backends.values():

@@ -23,6 +23,7 @@ from offload.kernels.cpu import CpuBackend
 from offload.kernels.cuda_engines import WAYS, CudaBackend, PinnedMemory
 from offload.kernels.cuda_timing import DeviceRows
 from offload.machine import Machine, NodeConfig
+from offload.units import ENODEV
 
 pytestmark = needs_compiler
 
@@ -298,6 +299,29 @@ class TestHandedOn:
             assert backend.copy(plan, done) == 0 and done.all()
             assert (state.launches - before[0], state.async_calls - before[1]) == ((0, 1) if nr == 1 else (1, 1))
         backend.close()
+
+
+    def test_a_lost_device_is_not_taken_for_host_memory(self, tmp_path):
+        """Its addresses are not known to a driver that has lost it, and the CPU would die of them."""
+        setup = Setup(tmp_path, Speeds(cpu_page=1))
+        memory, backend = DeviceRows(setup.device, 8), AutoBackend(setup.calibration)
+        plan = checked_plan(memory.base, memory.base, [0, 2], [4, 6], [0, 0])
+        for direction in ("pinned,pinned", PAIR):
+            setup.calibration.cells(direction)
+        setup.stub.state.lost = 1
+        for _ in range(2):
+            assert backend.copy(plan, np.zeros(2, np.uint8)) == -ENODEV
+        assert len(setup.stub.lines) == 1 and "auto on stub, not a GPU is out of service" in setup.stub.lines[0]
+
+    def test_a_direction_that_cannot_be_measured_is_said_once(self, tmp_path):
+        """The way back may be one that nobody has asked for before; a batch is no place for an exception."""
+        setup = Setup(tmp_path)
+        plan, arenas = without_runs(4)
+        setup.stub.state.fail_alloc = setup.stub.state.allocs
+        backend = AutoBackend(setup.calibration)
+        for _ in range(2):
+            assert backend.copy(plan, np.zeros(4, np.uint8)) == -ENODEV
+        assert [line for line in setup.lines if "cannot be calibrated for pinned,pinned" in line] == setup.lines[-1:]
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ batch among several.
 
 import collections
 
+from offload.units import ENODEV
+
 __all__ = ("Auto",)
 
 
 class Auto:
-    """``choose(plan)`` names one of ``migrators``, a dict; they are closed with this. ``handed`` counts batches by name."""
+    """``choose(plan)`` names one of ``migrators``, a dict, or None for none of them, which is -ENODEV; they are closed with this.
+    ``handed`` counts batches by name."""
 
     name = "auto"
     owner = "auto"
@@ -28,6 +31,8 @@ class Auto:
 
     def offload_copy(self, batch, done):
         name = self.choose(batch.plan())
+        if name is None:
+            return -ENODEV
         self.handed[name] += 1
         return self.migrators[name].offload_copy(batch, done)
 
