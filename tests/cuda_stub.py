@@ -67,10 +67,11 @@ class PinnedArena(HostArena):
         super().__init__(nr_frames)
         self._pin = ctypes.CDLL(str(_stub_library()[1])).stub_pin
         self._pin.argtypes = ctypes.c_uint64, ctypes.c_uint64
-        self._pin(self._bytes.ctypes.data, self._bytes.nbytes)
+        self._address = self._bytes.ctypes.data
+        self._pin(self._address, self._bytes.nbytes)
 
     def __del__(self):
-        self._pin(self._bytes.ctypes.data, 0)
+        self._pin(self._address, 0)
 
 
 class Stub:
