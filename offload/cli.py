@@ -60,7 +60,8 @@ def engines():
 def bench(
         size: Annotated[str, typer.Option(help="Bytes migrated in each run, such as 64M or 1G.")] = DEFAULTS["size"],
         orders: Annotated[str, typer.Option(help="Folio orders, 0 (4K) to 9 (2M).")] = DEFAULTS["orders"],
-        engines: Annotated[str, typer.Option(help="Engines; see offload engines.")] = DEFAULTS["engines"],
+        engines: Annotated[str | None, typer.Option(help="Engines; see offload engines. Left out: those that copy between the nodes "
+                                                         "and are here.")] = DEFAULTS["engines"],
         repeat: Annotated[int, typer.Option(help="Timed runs of each engine and folio size.")] = DEFAULTS["repeat"],
         warmup: Annotated[int, typer.Option(help="Runs before them that are not timed.")] = DEFAULTS["warmup"],
         batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline, 262144 in "
@@ -155,7 +156,8 @@ def evidence(
 def migrate(
         file: Annotated[str | None, typer.Argument(metavar="FILE", help="What offload snapshot wrote.")] = None,
         pid: Annotated[str | None, typer.Option(metavar="PID|self", help="A running process instead.")] = None,
-        engine: Annotated[str, typer.Option(help="Who copies; see offload engines.")] = "batch+stream",
+        engine: Annotated[str | None, typer.Option(help="Who copies; see offload engines. Left out: batch+stream, or auto with a node "
+                                                        "in device memory.")] = None,
         nodes: Annotated[str, typer.Option(help="Where each node's frames lie: host, pinned or device, such as pinned,device.")] = "host,host",
         move_all: Annotated[bool, typer.Option("--move-all", help="Move pages that other processes map too "
                                                                   "(MPOL_MF_MOVE_ALL).")] = False,

@@ -3,15 +3,19 @@
 ``vanilla``, ``batch``, ``mt:N`` and ``dma:N``, each also with ``+stream``; who stands at the hatch and which copy kernel moves
 the bytes follow from the name. The GPU's are ``cuda-loop:N``, ``cuda-batch`` and ``cuda-kernel``; where they are not
 available, parse_engine() raises with the reason. ``auto`` takes for each batch what calibration.py has measured to be the
-fastest, on the CPU where there is no GPU or where it does not reach; it alone may fall back, and says so.
+fastest, on the CPU where there is no GPU or where it does not reach; it alone may fall back, and says so. Where no engine is
+named, default_engines() are those that copy between the nodes at hand and are here; it tells which it leaves out.
 """
 
 import dataclasses
 import re
 
 from offload.errors import EngineUnavailable, InvalidInput
+from offload.units import format_bytes
 
-__all__ = ("Engine", "parse_engine", "list_engines", "MAX_THREADS", "MAX_CHANNELS")
+__all__ = ("Engine", "parse_engine", "default_engines", "default_engine", "list_engines", "available", "left_out",
+           "check_device", "GPU_DEFAULTS", "MAX_THREADS",
+           "MAX_CHANNELS")
 
 MAX_THREADS = 64
 MAX_CHANNELS = 16
@@ -23,6 +27,9 @@ NUMBERED = {"mt": ("cpu_mt", "threads", MAX_THREADS), "dma": ("dcbm", "channels"
 CUDA_ENGINES = ("cuda-loop", "cuda-batch", "cuda-kernel")
 AUTO = "batch+stream"
 """What ``auto`` takes on the CPU."""
+CPU_DEFAULTS = ("vanilla", "vanilla+stream", "batch", "batch+stream", "mt:2", "mt:2+stream")
+GPU_DEFAULTS = ("cuda-loop:1", "cuda-batch", "cuda-kernel", "auto")
+"""What a benchmark takes where no engine is named; the GPU's where it reaches the nodes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +54,28 @@ class Engine:
         """With what the migration path copies what the migrator left: the CPU kernel of that name."""
         return "plain" if self.on_gpu else self.copy_kernel
 
-    def check_nodes(self, nodes):
-        """InvalidInput unless it can copy between frames of these placements."""
-        nodes = tuple(nodes)
+    def out_of_reach(self, nodes):
+        """What keeps it from copying between frames of these placements, in words; None where it can."""
         if self.on_gpu:
             # A copy call stages host memory that is not pinned; the others would have to reach it.
             if "host" in nodes and not (self.copy_kernel == "cuda-loop" and "device" in nodes):
-                raise InvalidInput(f"engine {self.name!r} does not copy with nodes {','.join(nodes)}: host memory that is not pinned is out "
-                                   f"of its reach; use --nodes pinned,pinned (or device), or a CPU engine such as batch+stream")
+                return "host memory that is not pinned is out of its reach"
         elif "device" in nodes and not (self.copy_kernel == "plain" and self.migrator in (None, "mc_copy")):
-            raise InvalidInput(f"engine {self.name!r} does not copy with nodes {','.join(nodes)}: the CPU does not reach device memory; use "
-                               f"cuda-loop:N, cuda-batch, cuda-kernel, or vanilla and batch, which copy there folio by folio")
+            return "the CPU does not reach device memory"
+        return None
+
+    def check_nodes(self, nodes):
+        """InvalidInput unless it can copy between frames of these placements."""
+        nodes = tuple(nodes)
+        reason = self.out_of_reach(nodes)
+        if reason is None:
+            return
+        if "device" in nodes:
+            others = "cuda-loop:N" if "host" in nodes else "cuda-loop:N, cuda-batch, cuda-kernel"
+            remedy = f"use {others}, or vanilla and batch, which copy there folio by folio"
+        else:
+            remedy = f"use --nodes pinned,pinned (or device), or a CPU engine such as {AUTO}"
+        raise InvalidInput(f"engine {self.name!r} does not copy with nodes {','.join(nodes)}: {reason}; {remedy}")
 
     def make_backend(self):
         """The copy alone, without migration: a CopyBackend to close. EngineUnavailable if the GPU is no longer there."""
@@ -146,6 +164,9 @@ def choose(nodes):
     if reason:
         return cpu_auto(f"no GPU engine is available: {reason}")
     direction = ",".join(nodes)
+    if "host" in nodes and "device" in nodes:       # nothing to measure
+        return dataclasses.replace(parse_engine("cuda-loop:1"), name="auto",
+                                   note=f"auto is cuda-loop:1; no other engine copies a whole batch with nodes {direction}")
     if not set(nodes) <= {"pinned", "device"}:
         return cpu_auto(f"a GPU does not reach frames of placement {direction}")
     from offload.calibration import CPU, open_calibration
@@ -164,6 +185,65 @@ def choose(nodes):
 
 def cpu_auto(why):
     return dataclasses.replace(parse_engine(AUTO), name="auto", note=f"auto is {AUTO}, on the CPU; {why}")
+
+
+def available(names):
+    """Those of these engines that this machine has, and for each of the others its reason: (names, {name: reason})."""
+    from offload.kernels.cuda import why_not
+    reasons = {name: why_not(name.partition(":")[0]) for name in names if name in GPU_DEFAULTS}
+    return [name for name in names if not reasons.get(name)], {name: reason for name, reason in reasons.items() if reason}
+
+
+def default_engines(nodes):
+    """Names of the engines of a benchmark between two placements where none is named, and a line on those left out, or None.
+
+    The GPU's come in where it reaches both nodes. What is not here, or does not copy between them, is left out.
+    """
+    from offload.kernels.cuda import why_not
+    wanted = CPU_DEFAULTS
+    if why_not("cuda-loop") is None and ("device" in nodes or set(nodes) == {"pinned"}):
+        wanted += GPU_DEFAULTS if "host" not in nodes else GPU_DEFAULTS[:-1]      # there auto is cuda-loop:1
+    here, left = available(wanted)
+    left |= {name: reason for name in here if name != "auto" and (reason := parse_engine(name).out_of_reach(nodes))}
+    return tuple(name for name in here if name not in left), left_out(left)
+
+
+def left_out(reasons):
+    """One line about engines that were not taken, from {name: reason}; None of none."""
+    by_reason = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "left out: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()) if reasons else None
+
+
+def default_engine(nodes):
+    """The Engine of a single migration between two placements where none is named: batch+stream, or auto where it does not reach."""
+    reason = parse_engine(AUTO).out_of_reach(nodes)
+    if reason is None:
+        return parse_engine(AUTO)
+    engine = parse_engine("auto", nodes)
+    return dataclasses.replace(engine, note=f"no engine was named, and {AUTO} is left out ({reason}); {engine.note}")
+
+
+def check_device(nodes, nbytes, what):
+    """Before anything is allocated: that nodes of these placements can be had, ``nbytes`` of them in the device's memory.
+
+    EngineUnavailable without a GPU where one is needed, InvalidInput if it has not so much free; ``what`` needs it, as the
+    message says.
+    """
+    if not set(nodes) & {"pinned", "device"}:
+        return
+    from offload.kernels.cuda import open_device
+    from offload.kernels.cuda_driver import CudaError
+    try:
+        device = open_device()
+        device.enter()
+        free = device.driver.free_bytes()
+    except (EngineUnavailable, CudaError) as error:
+        raise EngineUnavailable(f"nodes {','.join(nodes)} cannot be had: {error}; or use --nodes host,host") from None
+    if nbytes > free:
+        raise InvalidInput(f"{what}: that takes {format_bytes(nbytes)} of the memory of {device.name}, and {format_bytes(free)} is free; use a "
+                           f"smaller --size, or --nodes pinned,pinned")
 
 
 CUDA_DOES = {"cuda-loop": f"the whole batch, one copy call for each run, on N streams (1 to {MAX_CHANNELS})",

@@ -660,7 +660,7 @@ class TestMigrateProcess:
         assert move_process(rebuilt, parse_engine("vanilla")).bad.tolist() == [True] + [False] * 15
 
     @pytest.mark.parametrize("options, why", [
-        (("--nodes", "device,device"), "CPU does not reach"), (("--nodes", "moon,host"), "moon"), (("--nodes", "host"), "two placements"),
+        (("--nodes", "device,device", "--engine", "batch+stream"), "CPU does not reach"), (("--nodes", "moon,host"), "moon"), (("--nodes", "host"), "two placements"),
         (("--nodes", "pinned,pinned", "--engine", "vanilla", "--layout-only"), "a layout has none"),
         (("--nodes", "host,host", "--engine", "cuda-batch"), "out of its reach")])
     def test_refusals(self, capsys, options, why):

@@ -23,14 +23,14 @@ import time
 
 import numpy as np
 
-from offload.engines import Engine, parse_engine
+from offload.engines import GPU_DEFAULTS, Engine, available, check_device, left_out, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput, OffloadError
 from offload.experiment.bench import no_garbage_collection, run_bench
 from offload.experiment.config import MOST, BenchConfig, available_bytes, parse_order, split_list
 from offload.experiment.manifest import gpu_manifest, host_manifest, what_ran
 from offload.kernels import cuda
 from offload.kernels.base import CACHE_LINE, CopyPlan
-from offload.kernels.cuda import open_device, why_not
+from offload.kernels.cuda import open_device
 from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import CudaTimer, DeviceRows, PinnedRows, measure_ceilings
@@ -45,7 +45,7 @@ PIECE_FRAMES = 8192
 """Poisoned and compared at a time."""
 PLACEMENTS = ("host", "pinned", "device")
 GPU_PAIRS = (("device", "device"), ("pinned", "device"), ("device", "pinned"), ("pinned", "pinned"))
-CPU_ENGINES, GPU_ENGINES = ("batch", "batch+stream"), ("cuda-loop:1", "cuda-batch", "cuda-kernel", "auto")
+CPU_ENGINES = ("batch", "batch+stream")
 
 
 # 1. What is asked for.
@@ -55,7 +55,8 @@ class AloneConfig:
     """What to measure, checked when made: InvalidInput, or EngineUnavailable with the reason.
 
     ``folios`` in a batch, fewer where ``size`` bytes hold fewer. ``pairs`` of placements, from and to. ``engines`` are names; one
-    that does not reach a pair is left out there. ``migration``: also measure the migrations beside.
+    that does not reach a pair is left out there. ``migration``: also measure the migrations beside. ``notes``: what a reader must
+    know of how it came about.
     """
 
     folios: int
@@ -67,6 +68,7 @@ class AloneConfig:
     warmup: int = 1
     seed: int = 0
     migration: bool = True
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, *, folios=100_000, size="1G", orders="0,4,9", engines=None, nodes=(), repeat=5, warmup=1, seed=0, migration=True):
@@ -74,11 +76,11 @@ class AloneConfig:
         on_gpu = cuda.probe().reason is None
         pairs = tuple(parse_pair(text) for text in nodes) or (GPU_PAIRS if on_gpu else (("host", "host"),))
         if engines is None:
-            names = CPU_ENGINES + (tuple(name for name in GPU_ENGINES if why_not(name.partition(":")[0]) is None) if on_gpu else ())
+            names, not_here = available(CPU_ENGINES + (GPU_DEFAULTS if on_gpu else ()))
         else:
-            names = tuple(split_list("engines", engines))
-        return cls(folios, parse_size(size), tuple(parse_order(word) for word in split_list("orders", orders)), names, pairs,
-                   repeat, warmup, seed, migration)
+            names, not_here = split_list("engines", engines), {}
+        return cls(folios, parse_size(size), tuple(parse_order(word) for word in split_list("orders", orders)), tuple(names), pairs,
+                   repeat, warmup, seed, migration, (left_out(not_here),) if not_here else ())
 
     def __post_init__(self):
         for name, least in (("folios", 1), ("size", PAGE_SIZE), ("repeat", 1), ("warmup", 0), ("seed", 0)):
@@ -95,25 +97,16 @@ class AloneConfig:
                                    f"--size or smaller --orders")
         for name in self.engines:
             parse_engine(name)
-        if self.kinds & {"pinned", "device"}:
-            self.check_device()                     # its reason first
+        check_device(sorted(self.kinds), 2 * self.nr_frames * PAGE_SIZE * ("device" in self.kinds),     # its reason first
+                     f"two batches of {format_size(self.nr_frames * PAGE_SIZE)}")
         for pair in self.pairs:
-            if not any(serves(parse_engine(name), pair) or name == "auto" and "host" not in pair for name in self.engines):
+            if not any(name == "auto" or serves(parse_engine(name), pair) for name in self.engines):
                 raise InvalidInput(f"nodes {','.join(pair)} are served by none of the engines {','.join(self.engines)}; GPU engines reach "
                                    f"pinned and device (cuda-loop:N also host and device), CPU engines host and pinned")
         need, available = self.needed_bytes(), available_bytes()
         if need > available:
             raise InvalidInput(f"a batch of {format_size(self.nr_frames * PAGE_SIZE)} needs about {need / 1e9:.1f} GB of memory and "
                                f"{available / 1e9:.1f} GB is available; use a smaller --size or --folios")
-
-    def check_device(self):
-        """EngineUnavailable without a GPU, InvalidInput if it has not so much memory: nothing is allocated yet."""
-        device = open_device()
-        device.enter()
-        need, free = 2 * self.nr_frames * PAGE_SIZE * ("device" in self.kinds), device.driver.free_bytes()
-        if need > free:
-            raise InvalidInput(f"two batches of {format_size(self.nr_frames * PAGE_SIZE)} need {need / 1e9:.1f} GB in the memory of {device.name} "
-                               f"and {free / 1e9:.1f} GB is free; use a smaller --size or --folios")
 
     def count(self, order):
         """How many folios of ``order`` are in a batch."""
@@ -158,16 +151,7 @@ def parse_pair(text):
 
 def serves(engine, pair):
     """Whether an Engine copies batches between these placements. (Folio by folio, in a migration, more of them do.)"""
-    return may_migrate(engine, pair) and (engine.on_gpu or "device" not in pair)
-
-
-def may_migrate(engine, pair):
-    """Whether ``offload bench`` takes an Engine with nodes of these placements."""
-    try:
-        engine.check_nodes(pair)
-    except InvalidInput:
-        return False
-    return True
+    return engine.out_of_reach(pair) is None and (engine.on_gpu or "device" not in pair)
 
 
 # 2. Memory: frames of each kind, two pieces of them. A batch goes from the first of one kind to the second of another.
@@ -326,7 +310,7 @@ def run_alone(config, *, step=None):
     """
     step = step or (lambda what: None)
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    notes = {}
+    notes = dict.fromkeys(config.notes)
     try:
         ceilings, rows = run_cells(config, notes, step)
     except CudaError as error:
@@ -342,6 +326,9 @@ def run_alone(config, *, step=None):
 def run_cells(config, notes, step):
     """(ceilings or None, rows) of all pairs and orders. ``notes`` gets those of the engines, as keys."""
     rows, ceilings = [], None
+    if "auto" in config.engines:
+        for pair in config.pairs:                   # what it measures needs memory of its own
+            parse_engine("auto", pair)
     with Memory(config) as memory:
         if "device" in config.kinds:
             both = {kind: [piece.base for piece in memory.pieces[kind]] for kind in ("pinned", "device")}
@@ -408,7 +395,7 @@ def add_shares(row, ceilings):
 def run_migrations(config, pair, order, step):
     """Migrations of the same folios between nodes of these placements, once for each of LIMITS; or why there are none."""
     nbytes = config.count(order) * PAGE_SIZE << order
-    names = [name for name in config.engines if may_migrate(parse_engine(name, pair), pair)]
+    names = [name for name in config.engines if parse_engine(name, pair).out_of_reach(pair) is None]
     out = []
     for limit, batch_pages in LIMITS.items():
         head = {"from": pair[0], "to": pair[1], "order": order, "limit": limit, "batch_pages": batch_pages}

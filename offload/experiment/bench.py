@@ -283,8 +283,8 @@ def make_manifest(config, date):
 
 
 def make_notes(config):
-    """What a reader of the numbers must know: the engines' notes, and a size that never leaves the cache."""
-    notes = [engine.note for engine in config.engines if engine.note]
+    """What a reader of the numbers must know: engines left out, the engines' notes, and a size that never leaves the cache."""
+    notes = [*config.notes, *(engine.note for engine in config.engines if engine.note)]
     cache = last_level_cache()
     if not {"nowhere", "device"} & set(config.nodes) and cache and 2 * config.size <= cache:
         notes.append(f"sources and destinations ({format_bytes(2 * config.size)}) fit into the last-level cache ({format_bytes(cache)}): "

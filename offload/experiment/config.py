@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import pathlib
 
-from offload.engines import Engine, parse_engine
+from offload.engines import Engine, check_device, default_engines, parse_engine
 from offload.errors import InvalidInput
 from offload.units import (
     HPAGE_PMD_ORDER, MAX_PAGE_ORDER, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, PROTOCOLS, MigrateMode, check_nodes, format_size, parse_mode, parse_nodes,
@@ -16,9 +16,9 @@ from offload.units import (
 
 __all__ = ("BenchConfig", "DEFAULTS")
 
-DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": "vanilla,vanilla+stream,batch,batch+stream,mt:2,mt:2+stream",
-            "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION, "mode": "MIGRATE_SYNC", "protocol": "v6",
-            "nodes": "host,host", "seed": 0}
+DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": None, "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION,
+            "mode": "MIGRATE_SYNC", "protocol": "v6", "nodes": "host,host", "seed": 0}
+"""Texts and numbers of the command line. Engines None: those of default_engines()."""
 
 MOST = 1 << 40
 """Of any count: beyond use, and far from overflowing."""
@@ -33,7 +33,7 @@ class BenchConfig:
 
     ``size``: bytes migrated in each run, a multiple of the largest folio. ``orders``: folio orders 0 to 9. ``repeat`` timed
     runs of each cell follow ``warmup`` untimed ones. ``nodes``: where the frames of each node lie, "host", "pinned" or "device";
-    or both "nowhere" for metadata alone.
+    or both "nowhere" for metadata alone. ``notes``: what a reader must know of how it came about.
     """
 
     size: int
@@ -46,6 +46,7 @@ class BenchConfig:
     protocol: str = DEFAULTS["protocol"]
     nodes: tuple[str, str] = ("host", "host")
     seed: int = DEFAULTS["seed"]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, **texts):
@@ -53,10 +54,19 @@ class BenchConfig:
         given = DEFAULTS | texts
         orders = tuple(parse_order(word) for word in split_list("orders", given["orders"]))
         nodes = parse_nodes(given["nodes"])
-        return cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
-                   engines=tuple(parse_engine(word, nodes) for word in split_list("engines", given["engines"])),
-                   repeat=given["repeat"], warmup=given["warmup"], batch_pages=given["batch_pages"],
-                   mode=parse_mode(given["mode"]), protocol=PROTOCOLS[parse_protocol(given["protocol"])], nodes=nodes, seed=given["seed"])
+        if given["engines"] is None:
+            names, left_out = default_engines(nodes)
+        else:
+            names, left_out = split_list("engines", given["engines"]), None
+        others = tuple(parse_engine(name) for name in names if name != "auto")
+        config = cls(size=parse_size(given["size"], multiple_of=PAGE_SIZE << max(orders)), orders=orders,
+                     engines=others or (parse_engine("vanilla"),), repeat=given["repeat"], warmup=given["warmup"],
+                     batch_pages=given["batch_pages"], mode=parse_mode(given["mode"]), protocol=PROTOCOLS[parse_protocol(given["protocol"])],
+                     nodes=nodes, seed=given["seed"], notes=(left_out,) if left_out else ())
+        if "auto" not in names:
+            return config
+        # Only now, when nothing is left to be refused: it may measure on the device.
+        return dataclasses.replace(config, engines=tuple(parse_engine(name, nodes) for name in names))
 
     def __post_init__(self):
         parse_protocol(self.protocol)
@@ -77,8 +87,7 @@ class BenchConfig:
             raise InvalidInput(f"size {self.size} is not a positive multiple of the largest folio, "
                                f"{format_size(PAGE_SIZE << max(self.orders))}; round it to one")
         check_nodes(self.nodes)
-        if set(self.nodes) & {"pinned", "device"}:
-            check_device(self)                      # the reason first, not after compiling
+        check_device(self.nodes, self.nodes.count("device") * (self.node_pages * PAGE_SIZE + BLOCK), f"size {format_size(self.size)}")
         for engine in self.engines:
             engine.check_nodes(self.nodes)
         need, available = needed_bytes(self), available_bytes()
@@ -104,10 +113,13 @@ class BenchConfig:
                 f"--nodes {','.join(self.nodes)} --seed {self.seed}")
 
 
+EXAMPLES = {"orders": DEFAULTS["orders"], "engines": "vanilla,batch+stream"}
+
+
 def split_list(name, text):
     words = [word.strip() for word in str(text).split(",")]
     if not all(words):
-        raise InvalidInput(f"{name} {text!r} is no list; write them with commas between, such as {DEFAULTS[name]}")
+        raise InvalidInput(f"{name} {text!r} is no list; write them with commas between, such as {EXAMPLES[name]}")
     return words
 
 
@@ -117,17 +129,6 @@ def parse_order(text):
     if isinstance(text, bool) or not (word.isascii() and word.isdigit()) or not 0 <= int(word) <= HPAGE_PMD_ORDER:
         raise InvalidInput(f"order {text!r} is out of range; orders are 0 (4K) to {HPAGE_PMD_ORDER} (2M)")
     return int(word)
-
-
-def check_device(config):
-    """EngineUnavailable without a GPU, InvalidInput if it has not so much memory."""
-    from offload.kernels.cuda import open_device
-    device = open_device()
-    device.enter()
-    need, free = config.nodes.count("device") * (config.node_pages * PAGE_SIZE + BLOCK), device.driver.free_bytes()
-    if need > free:
-        raise InvalidInput(f"size {format_size(config.size)} needs {need / 1e9:.1f} GB in the memory of {device.name} and {free / 1e9:.1f} GB "
-                           f"is free; use a smaller --size, or --nodes pinned,pinned")
 
 
 def format_exact(nbytes):

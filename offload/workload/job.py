@@ -5,7 +5,7 @@ What needs no work is checked before any is done: the words of the command line,
 
 import os
 
-from offload.engines import parse_engine
+from offload.engines import check_device, default_engine, parse_engine
 from offload.errors import InvalidInput
 from offload.outfile import check_output
 from offload.report import deliver, json_target, show
@@ -24,15 +24,13 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
     nodes = parse_nodes(nodes)
     if layout_only:
         check_layout_only(nodes)
-    engine = parse_engine(engine, nodes)
-    engine.check_nodes(nodes)
-    if set(nodes) & {"pinned", "device"}:
-        from offload.kernels.cuda import open_device
-        open_device()                               # the reason first, not after compiling
     if batch_pages < 1:
         raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
     parse_protocol(protocol)
     json_target(json, inputs=() if file is None else (file,))
+    check_device(nodes, 0, "a node")                # its reason first
+    engine = default_engine(nodes) if engine is None else parse_engine(engine, nodes)
+    engine.check_nodes(nodes)
     from offload.workload.migrate_process import compile_once, move_process, result_parts, progress_bar, result_of
     from offload.workload.rebuild import rebuild
 
