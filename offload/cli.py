@@ -158,7 +158,8 @@ def migrate(
         pid: Annotated[str | None, typer.Option(metavar="PID|self", help="A running process instead.")] = None,
         engine: Annotated[str | None, typer.Option(help="Who copies; see offload engines. Left out: batch+stream, or auto with a node "
                                                         "in device memory.")] = None,
-        nodes: Annotated[str, typer.Option(help="Where each node's frames lie: host, pinned or device, such as pinned,device.")] = "host,host",
+        nodes: Annotated[str, typer.Option(help="Where each node's frames lie: host, pinned or device, such as pinned,device; "
+                                                 "nowhere,nowhere for metadata alone, with --layout-only.")] = "host,host",
         move_all: Annotated[bool, typer.Option("--move-all", help="Move pages that other processes map too "
                                                                   "(MPOL_MF_MOVE_ALL).")] = False,
         batch_pages: Annotated[int, typer.Option(help="Base pages at which a batch closes; 512 in mainline.")] = 512,

@@ -167,21 +167,32 @@ def _compile(function, **options):
         numba.config.CACHE_DIR = theirs
 
 
-_INSIDE = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+def _compile_inside(function, **options):
+    # There is no wrapper for Python, and what Numba would call in its place is no such function: so it gets none to call.
+    if JIT_DISABLED:
+        return function
+
+    def refuse(*args, **given):
+        raise TypeError(f"{function.__qualname__}() is compiled for compiled code alone; call a function that has jit_entry (offload/jit.py)")
+
+    inside = _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+    inside._insert = lambda types, entry_point, objectmode: None
+    inside._compile_for_args = refuse
+    return inside
 
 
 def jit(function):
     """Compile ``function`` for use by other compiled functions: nopython, GIL released, cached.
 
-    Python cannot call it, and crashes if it tries (unless the JIT is disabled): the wrapper that would let it costs more
-    to compile than most functions. Division by zero follows NumPy, nothing is raised.
+    Python cannot call it, and gets a TypeError if it tries (unless the JIT is disabled): the wrapper that would let it costs
+    more to compile than most functions. Division by zero follows NumPy, nothing is raised.
     """
-    return _compile(function, **_INSIDE)
+    return _compile_inside(function)
 
 
 def jit_inline(function):
     """As :func:`jit`, and inlined into each caller: for small functions called once a folio."""
-    return _compile(function, forceinline=True, **_INSIDE)
+    return _compile_inside(function, forceinline=True)
 
 
 def jit_once(function):
@@ -189,7 +200,7 @@ def jit_once(function):
 
     Numba optimises a function again in each that calls it, so a chain of large functions is paid for at every link.
     """
-    return _compile(function, inline="always", **_INSIDE)
+    return _compile_inside(function, inline="always")
 
 
 def jit_entry(function):

@@ -18,7 +18,7 @@ from offload.migrate.pages import check_events, finish_call, migrate_pages
 from offload.mm.far_frames import NodeFrames
 from offload.mm.frames import Frames
 from offload.mm.memmap import (
-    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, FRAME_OP_DTYPE, FRAMES_FAR, FRAMES_TOGETHER, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
+    ANON_VMA_DTYPE, AOPS_NAMES, AVC_DTYPE, FIRST_PFN, FOLIO_DTYPE, FRAME_OP_DTYPE, FRAMES_FAR, FRAMES_NOWHERE, FRAMES_TOGETHER, LRU_BATCH_SIZE, MAPPING_DTYPE, MAPPING_FILE,
     MAPPING_HUGETLB, MAPPING_SHMEM, MAPPING_SWAP, MM_DTYPE, NO_PFN, NODE_DTYPE, OTHERS_DTYPE, PG_hugetlb, PG_ksm, PG_locked, PG_lru,
     PG_movable_ops, PG_movable_ops_isolated, PG_reserved, PLACE_DEVICE, PLACE_HOST, PLACE_NOWHERE, PLACE_PINNED, RMAP_ITEM_DTYPE,
     SYS_DTYPE, VMA_DTYPE,
@@ -165,7 +165,7 @@ class Machine:
         sys.poison, sys.thp_migration = config.poison, config.thp_migration
         sys.rule_set, sys.memory_tiering = RULE_SETS[config.kernel], config.memory_tiering
         sys.nr_tables = 1
-        sys.frames_kind = self.frames.kind if self.frames else FRAMES_TOGETHER
+        sys.frames_kind = self.frames.kind if self.frames else FRAMES_NOWHERE
         try:
             folios, orders = records(pfn, FOLIO_DTYPE), zeros(pfn, np.uint8)
         except MemoryError:

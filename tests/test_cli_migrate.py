@@ -88,6 +88,17 @@ def run(capsys):
     return call
 
 
+def save_small(path, layout_only=False):
+    """The path of a snapshot of one page."""
+    folios = np.zeros(1, snap.FOLIO_DTYPE)
+    folios[0] = (1 << 30, 0, 0, 0, 0, 1, 1, snap.FOLIO_ANON, 0)
+    vma = snap.SnapshotVma(start=1 << 30, end=(1 << 30) + 4096, prot="rw", shared=False, offset=0, path="", inode=0,
+                           device="00:00", flags=(), kind="anon")
+    snap.save(snap.Snapshot(pid=1, comm="c", taken="t", kernel="k", vmas=(vma,), folios=folios,
+                            data=None if layout_only else np.ones((1, 4096), np.uint8), nr_pages=1, vm_pin_kib=0), path)
+    return path
+
+
 def adds_up(result):
     parts = [result, *result["kinds"].values()]
     return all(part["pages_seen"] == part["pages_moved"] + part["pages_failed"] + part["pages_skipped"] for part in parts) and \
@@ -176,6 +187,15 @@ class TestFile:
         status, out, _ = run("migrate", path)
         assert status == 0 and "layout only" in out and "verified  placement of every page" in out and "GB/s" not in out
 
+    @pytest.mark.parametrize("args", [["SMALL", "--layout-only"], ["LAYOUT"]], ids=" ".join)
+    def test_nodes_without_bytes(self, run, tmp_path, args):
+        """nowhere,nowhere is metadata alone, for what has no bytes or leaves them out."""
+        names = {"SMALL": save_small(tmp_path / "small"), "LAYOUT": save_small(tmp_path / "layout", layout_only=True)}
+        status, out, err = run("migrate", "--nodes", "nowhere,nowhere", "--json", "-", *(names.get(arg, arg) for arg in args))
+        result = json.loads(out)
+        assert (status, err) == (0, []) and result["verified"] and result["verified_what"] == "placement"
+        assert result["manifest"]["nodes"] == ["nowhere", "nowhere"] and result["pages_moved"] and result["gbps"] is None
+
     def test_a_copy_that_did_not_happen(self, child, run, tmp_path, monkeypatch):
         class Liar(McCopy):
             def offload_copy(self, batch, done):
@@ -193,13 +213,7 @@ class TestBadInput:
 
     @pytest.fixture
     def small(self, tmp_path):
-        folios = np.zeros(1, snap.FOLIO_DTYPE)
-        folios[0] = (1 << 30, 0, 0, 0, 0, 1, 1, snap.FOLIO_ANON, 0)
-        vma = snap.SnapshotVma(start=1 << 30, end=(1 << 30) + 4096, prot="rw", shared=False, offset=0, path="", inode=0,
-                               device="00:00", flags=(), kind="anon")
-        snap.save(snap.Snapshot(pid=1, comm="c", taken="t", kernel="k", vmas=(vma,), folios=folios,
-                                data=np.ones((1, 4096), np.uint8), nr_pages=1, vm_pin_kib=0), tmp_path / "small")
-        return tmp_path / "small"
+        return save_small(tmp_path / "small")
 
     @pytest.mark.parametrize("args, word", [
         (["migrate"], "either"),
@@ -219,6 +233,9 @@ class TestBadInput:
         (["migrate", "SMALL", "--batch-pages", "many"], "--batch-pages"),
         (["migrate", "SMALL", "--json", "/nowhere/x.json"], "--json"),
         (["migrate", "SMALL", "--frobnicate"], "--frobnicate"),
+        (["migrate", "SMALL", "--nodes", "nowhere,nowhere"], "add --layout-only"),
+        (["migrate", "--pid", "self", "--nodes", "nowhere,nowhere"], "add --layout-only"),
+        (["migrate", "SMALL", "--nodes", "nowhere,host"], "cannot be mixed"),
         (["snapshot", "-o", "x"], "--pid"),
         (["snapshot", "--pid", "self"], "--output"),
         (["snapshot", "--pid", "self", "-o", "/nowhere/x"], "/nowhere/x"),

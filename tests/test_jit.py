@@ -109,6 +109,22 @@ class TestCache:
         assert copy.folders() == {folder, "old1", "old2", "old3"}
 
 
+class TestFromPython:
+    """What is compiled for compiled code alone refuses Python instead of crashing it, compiled or from the cache."""
+
+    def test_a_call(self, copy):
+        copy.edit_callee(1)
+        for _ in range(2):
+            told = python("-c", "from offload.probe_caller import ask, rule\n"
+                                "for x in (1, 2):\n"
+                                "    try: print(rule(x))\n"
+                                "    except TypeError as error: print(error)\n"
+                                "    print(ask(x))\n",
+                          cwd=copy.folder, PYTHONPATH=str(copy.folder), NUMBA_CACHE_DIR=str(copy.cache), NUMBA_DISABLE_JIT="0").stdout
+            refused = "rule() is compiled for compiled code alone; call a function that has jit_entry (offload/jit.py)"
+            assert told.splitlines() == [refused, "20", refused, "30"]
+
+
 class TestSourceHash:
     """The hash covers names and contents of all files, and nothing else."""
 

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import strategies
 
 from offload.engines import parse_engine
-from offload.errors import OutOfMemory
+from offload.errors import InvalidInput, OutOfMemory
+from offload.machine import Machine, MachineConfig, NodeConfig
 from offload.migrators.faulty import FaultyMigrator
 from offload.migrators.mc_copy import McCopy
+from offload.mm.fault import access
 from offload.mm.memmap import PG_dirty, PG_ksm, PG_mlocked, PG_partially_mapped, PG_swapcache
 from offload.workload import rebuild as rebuild_module
 from offload.workload import snapshot as snap
@@ -377,6 +379,20 @@ class TestLayoutOnly:
         result = result_of(move_process(rebuild(snapshot), BATCH, validate=True))
         assert result["verified"] and result["verified_what"] == "placement, books"
         assert result["pages_moved"] == 1400 and result["gbps"] is None and result["moved_bytes"] == 0
+
+    def test_bytes_need_a_place(self):
+        with pytest.raises(InvalidInput, match="no place for the bytes"):
+            rebuild(SNAPSHOT, nodes=("nowhere", "nowhere"))
+
+    def test_compiled_code_copies_nothing_there(self):
+        """Whoever asks it to: its frames' addresses are near 0."""
+        machine = Machine(MachineConfig(nodes=(NodeConfig(64, placement="nowhere"),)))
+        process = machine.process()
+        address = process.mmap(4096)
+        buffer = np.full(4096, 7, np.uint8)
+        for write in (1, 0):
+            assert access(machine.table, process.mm, address, buffer.ctypes.data, 4096, write) == 4096
+        assert (buffer == 7).all()
 
 
 @strategies.composite

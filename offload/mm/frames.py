@@ -22,7 +22,7 @@ from offload.jit import jit, jit_inline
 from offload.kernels.base import CopyPlan
 from offload.kernels.checksum import checksum_pages
 from offload.kernels.cpu import KERNEL_STREAM, KERNELS, CpuBackend, copy_bytes, copy_folios, prefetch, stream_fence
-from offload.mm.memmap import FIRST_PFN, FRAMES_FAR, FRAMES_TOGETHER
+from offload.mm.memmap import FIRST_PFN, FRAMES_FAR, FRAMES_NOWHERE, FRAMES_TOGETHER
 from offload.units import EHWPOISON, PAGE_SHIFT, PAGE_SIZE, format_size
 
 __all__ = ("Frames", "frame_address", "poison_frames", "zero_frames", "prefetch_frame", "folio_mc_copy", "folios_mc_copy", "copy_pages",
@@ -157,19 +157,24 @@ def frame_log_is_full(mem):
 
 @jit
 def fill_memory(mem, address, value, nbytes):
-    """memset() of frames, now or when the log is carried out."""
-    if mem.sys[0].frames_kind == FRAMES_FAR:
+    """memset() of frames, now or when the log is carried out; nothing on a machine without bytes."""
+    kind = mem.sys[0].frames_kind
+    if kind == FRAMES_FAR:
         log_frame_op(mem, address, np.int64(0), nbytes, np.int64(value))
-    else:
+    elif kind != FRAMES_NOWHERE:
         fill_bytes(address, value, nbytes)
 
 
 @jit
 def copy_memory(mem, dst, src, nbytes):
-    """Copy with the plain kernel between addresses, one of them a frame's; now or when the log is carried out."""
-    if mem.sys[0].frames_kind == FRAMES_FAR:
+    """Copy with the plain kernel between addresses, one of them a frame's; now or when the log is carried out.
+
+    Nothing on a machine without bytes: a frame's address is none there, but some way behind 0.
+    """
+    kind = mem.sys[0].frames_kind
+    if kind == FRAMES_FAR:
         log_frame_op(mem, dst, src, nbytes, np.int64(0))
-    else:
+    elif kind != FRAMES_NOWHERE:
         copy_bytes(0, dst, src, nbytes)
 
 

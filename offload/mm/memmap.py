@@ -100,9 +100,9 @@ AOPS_NAMES = {"migrate_folio": AOPS_MIGRATE_FOLIO, "filemap": AOPS_FILEMAP, "buf
 
 PLACE_HOST, PLACE_PINNED, PLACE_DEVICE, PLACE_NOWHERE = 1, 2, 3, 4
 
-FRAMES_TOGETHER, FRAMES_APART, FRAMES_FAR = 0, 1, 2
-"""How the nodes' bytes lie: at one address (or there are none); at one each, all within the CPU's reach; or some in device
-memory. Of a machine of the last kind compiled code touches no byte: see mm/far_frames.py."""
+FRAMES_TOGETHER, FRAMES_APART, FRAMES_FAR, FRAMES_NOWHERE = 0, 1, 2, 3
+"""How the nodes' bytes lie: at one address; at one each, all within the CPU's reach; some in device memory; or there are none. Of
+a machine of the last two kinds compiled code touches no byte: see mm/far_frames.py."""
 
 FOLIO_DTYPE = np.dtype({
     "page_flags": (np.int64, 0),    # PG_*

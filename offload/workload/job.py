@@ -22,8 +22,8 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
         raise InvalidInput("give either --pid PID or a FILE that offload snapshot wrote, and not both")
     pid = parse_pid(pid) if pid is not None else None
     nodes = parse_nodes(nodes)
-    if layout_only:
-        check_layout_only(nodes)
+    if layout_only or pid is not None:
+        check_nodes_for_bytes(nodes, layout_only)
     if batch_pages < 1:
         raise InvalidInput(f"--batch-pages {batch_pages} is not a number of base pages; mainline has 512")
     parse_protocol(protocol)
@@ -43,8 +43,7 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
             snapshot = snap.load(file)
             if layout_only:
                 snapshot = without_bytes(snapshot)
-    if snapshot.layout_only:
-        check_layout_only(nodes)
+    check_nodes_for_bytes(nodes, snapshot.layout_only)
     compile_once(engine, nodes)
     with progress_bar() as step:
         rebuilt = rebuild(snapshot, nodes=nodes, batch_pages=batch_pages, protocol=protocol, copy_kernel=engine.path_kernel,
@@ -55,10 +54,13 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
     return 0 if moved.verified else 1
 
 
-def check_layout_only(nodes):
-    """InvalidInput where memory is asked for and there are no bytes to put there."""
-    if nodes != ("host", "host"):
+def check_nodes_for_bytes(nodes, layout_only):
+    """InvalidInput where memory is asked for and there are no bytes to put there, or none and there are bytes."""
+    if layout_only and nodes not in (("host", "host"), ("nowhere", "nowhere")):
         raise InvalidInput(f"--nodes {','.join(nodes)} is for bytes, and a layout has none; leave it out, or take the bytes along")
+    if not layout_only and "nowhere" in nodes:
+        raise InvalidInput(f"--nodes {','.join(nodes)} has no place for the process's bytes; add --layout-only to leave them out, or use "
+                           f"--nodes host,host")
 
 
 def snapshot_job(*, pid, output, layout_only):

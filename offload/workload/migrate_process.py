@@ -389,7 +389,9 @@ def compile_once(engine, nodes=("host", "host")):
     """Compile what the job needs, or load it from the cache: a tiny process goes all the way."""
     with exit_on_interrupt():
         for nr_pages in (1, 65):                    # fewer folios than threads, and more
-            move_process(rebuild(_tiny_snapshot(nr_pages), nodes=nodes), engine, move_all=True)
+            tiny = _tiny_snapshot(nr_pages)
+            tiny = dataclasses.replace(tiny, data=None) if "nowhere" in nodes else tiny
+            move_process(rebuild(tiny, nodes=nodes), engine, move_all=True)
 
 
 def _tiny_snapshot(nr_pages):

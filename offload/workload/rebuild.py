@@ -28,7 +28,7 @@ import dataclasses
 
 import numpy as np
 
-from offload.errors import OutOfMemory
+from offload.errors import InvalidInput, OutOfMemory
 from offload.jit import jit, jit_entry
 from offload.machine import Machine, MachineConfig, NodeConfig
 from offload.mm.address_space import filemap_add_folio, filemap_get_folio, folio_mark_dirty, swap_cache_add_folio
@@ -127,8 +127,10 @@ def rebuild(snapshot, *, nodes=("host", "host"), batch_pages=NR_MAX_BATCHED_MIGR
     MachineConfig. ``progress(done_pages, total_pages)`` is called now and then.
 
     The snapshot must be consistent, as load() and read_process() have checked. OutOfMemory if the two nodes, which both get
-    filled, do not fit into the memory available.
+    filled, do not fit into the memory available; InvalidInput if the snapshot has bytes and the nodes are nowhere.
     """
+    if "nowhere" in nodes and not snapshot.layout_only:
+        raise InvalidInput("nodes nowhere,nowhere have no place for the bytes of this snapshot; leave them out of it (data=None), or use host,host")
     skipped = _Skipping(snapshot)
     runs = _runs(snapshot, skipped)
     plan = _plan_folios(snapshot, runs, skipped)
