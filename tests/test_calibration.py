@@ -16,7 +16,7 @@ from offload.engines import parse_engine
 from offload.errors import EngineUnavailable
 from offload.experiment.bench import run_bench
 from offload.experiment.config import BenchConfig
-from offload.experiment.tables import unverified
+from offload.experiment.tables import bench_tables, unverified
 from offload.kernels import cuda
 from offload.kernels.base import FRAME_SIZE, checked_plan
 from offload.kernels.cpu import CpuBackend
@@ -411,5 +411,10 @@ class TestTheEngine:
         assert unverified(result) == []
         assert {row["copy_kernel"] for row in result["rows"]} == {"plain", "auto"}
         assert set(result["limits"]["scattered_copy_gbps"]) == {"plain:1", "auto:1"}
+        assert [row["handed"] for row in result["rows"] if row["engine"] == "vanilla"] == [None, None]
+        pages, large = (row["handed"] for row in result["rows"] if row["engine"] == "auto")     # two runs each
+        assert (pages, large) == ({"cuda-kernel": 2}, {"cuda-loop:1": 2})
+        assert "auto gave its batches of 4K to cuda-kernel (2)" in list(bench_tables(result))
+        assert result["manifest"]["gpu"]["device"] == "stub, not a GPU"
         note, = (note for note in result["manifest"]["notes"] if note.startswith("auto"))
         assert note.startswith("auto is the fastest for each batch, as measured for pinned,pinned on stub, not a GPU: 4K")

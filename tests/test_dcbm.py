@@ -112,7 +112,7 @@ class TestSteps:
         assert calls(log, "prep") == [(i, shares[i], interrupt) for i in used]
         assert calls(log, "wait") == [(i, TIMEOUT_NS) for i in used]
         assert [entry[0] for entry in log] == (["request"] * len(used) + ["prep", "submit"] * len(used) + ["issue"] * len(used)
-                                               + ["wait"] * len(used) + ["terminate", "terminate", "free"] * len(used))
+                                               + ["wait"] * len(used) + ["terminate", "free"] * len(used))
         assert driver.device.nr_free_chans == 16
 
     def test_channels_are_taken_for_each_batch(self, completion):

@@ -10,8 +10,12 @@ from offload.calibration import Calibration
 from offload.cli import main
 from offload.engines import CPU_DEFAULTS, GPU_DEFAULTS, check_device, default_engine, default_engines, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput
+from offload.experiment import bench
 from offload.experiment.alone import AloneConfig
+from offload.experiment.bench import run_bench
 from offload.experiment.config import BenchConfig
+from offload.experiment.manifest import what_ran
+from offload.experiment.tables import bench_tables
 from offload.kernels import cuda
 from offload.kernels.cuda import Probe
 from offload.kernels.cuda_engines import CudaBackend
@@ -173,3 +177,36 @@ class TestCheckDevice:
         stub.state.lost = 1
         with pytest.raises(EngineUnavailable, match="nodes device,device cannot be had: "):
             check_device(("device", "device"), 0, "a node")
+
+
+class TestWhatRan:
+    """A row names a call and a device only where they took part."""
+
+    def test_auto_that_took_the_cpu(self, stub):
+        engine = parse_engine("auto", ("pinned", "pinned"))
+        ran = what_ran(engine, ("pinned", "pinned"), picked="batch+stream")
+        assert ran == {"call": "CPU, stream, 1 thread", "flags": "", "hardware": "CPU", "device": None, "cuda": None, "driver": None}
+        assert what_ran(engine, ("pinned", "pinned"), picked="cuda-kernel")["device"] == "stub, not a GPU"
+
+    @pytest.mark.parametrize("name", ["vanilla", "mt:2", "cuda-loop:1", "cuda-kernel"])
+    def test_without_bytes(self, stub, name):
+        ran = what_ran(parse_engine(name), ("nowhere", "nowhere"))
+        assert (ran["call"], ran["hardware"], ran["device"]) == ("none, there are no bytes", "none", None)
+
+    def test_the_tables_claim_what_was_verified(self, stub):
+        """With device memory checksums, and no np.copyto."""
+        for nodes, claim, copied in (("device,device", "verified: a checksum of 64 bits of every page", "copy"),
+                                     ("pinned,pinned", "verified: every byte through the page table", "np.copyto")):
+            result = run_bench(BenchConfig.parse(size="64K", orders="0", engines="vanilla", repeat=1, warmup=0, nodes=nodes))
+            lines = [part for part in bench_tables(result) if isinstance(part, str)]
+            assert lines[-1].startswith(f"\n{claim}") and [line for line in lines if line.startswith(f"{copied} of one contiguous block: ")]
+            assert "stub, not a GPU, CUDA 13.0, driver" in lines[2]
+
+    def test_what_is_compiled_is_what_runs(self, stub, monkeypatch):
+        """The nodes of the tiny runs in front are those of the benchmark, also for engines of the CPU."""
+        seen = []
+        monkeypatch.setattr(bench, "Session", lambda config: seen.append(config.nodes) or 1 / 0)
+        for nodes in ("device,device", "host,host"):
+            with pytest.raises(ZeroDivisionError):
+                bench.compile_once(BenchConfig.parse(size="2M", orders="0", engines="vanilla", nodes=nodes))
+        assert seen == [("device", "device"), ("host", "host")]

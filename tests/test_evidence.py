@@ -80,7 +80,8 @@ def made(stub, tmp_path, monkeypatch):
     """Evidence as a GPU would give it, but of the stub."""
     monkeypatch.setattr(evidence_module, "git_commit", lambda: "0123456789" * 4)
     monkeypatch.setattr(evidence_module, "installed", lambda names: {"numpy": "2.4.6", "cupy-cuda13x": "14.2.0"})
-    config = AloneConfig.parse(folios=20, size="64K", orders="0", engines="cuda-loop:1,cuda-batch,cuda-kernel", repeat=1, warmup=0,
+    stub.state.ns_copy, stub.state.ns_launch, stub.state.ps_byte = 1000, 5000, 100
+    config = AloneConfig.parse(folios=20, size="64K", orders="0", engines="cuda-loop:1,cuda-batch,cuda-kernel", repeat=3, warmup=0,
                                migration=False)
     return make_evidence(config, run_tests=lambda: report_part(tmp_path))
 
@@ -120,6 +121,16 @@ class TestForm:
         "a row of another device": lambda e: e["bench"]["rows"][0].update(device="Other GPU"),
         "hardware left out": lambda e: e["bench"]["rows"][0].update(hardware=None),
         "a speed that is not the time's": lambda e: e["bench"]["rows"][0].update(gbps=e["bench"]["rows"][0]["gbps"] * 2),
+        "a median that is not its samples'": lambda e: [e["bench"]["rows"][0]["end_to_end_ns"].update(median=1),
+                                                       e["bench"]["rows"][0].update(gbps=float(e["bench"]["rows"][0]["bytes"]))],
+        "a time of the device": lambda e: e["bench"]["rows"][0]["device_ns"].update(median=1),
+        "a speed of the device": lambda e: e["bench"]["rows"][0].update(device_gbps=1e9),
+        "a resident speed": lambda e: [row["resident"].update(device_gbps=1e9) for row in e["bench"]["rows"] if row["resident"]],
+        "a ceiling": lambda e: e["bench"]["ceilings"]["device,device"].update(gbps=1e-3),
+        "a share": lambda e: e["bench"]["rows"][0].update(device_share_of_ceiling=0.99),
+        "a benchmark of another kernel": lambda e: e["bench"]["manifest"]["gpu"].update(kernel_sha256="0" * 64),
+        "a migration": lambda e: e["bench"]["migrations"].append({"from": "device", "to": "device", "order": 0, "engine": "cuda-kernel", "verified": True,
+                                                                  "gbps": {"mean": 2.0, "samples": [1.0]}}),
         "a time of nothing": lambda e: e["bench"]["rows"][0].update(end_to_end_ns={"median": 0, "samples": [0]}),
         "bytes": lambda e: e["bench"]["rows"][0].update(bytes=1), "no samples": lambda e: e["bench"]["rows"][0].pop("end_to_end_ns"),
         "verified against its rows": lambda e: e["bench"]["rows"][0].update(verified=False), "not verified for nothing": lambda e: e.update(verified=False),
@@ -145,7 +156,7 @@ class TestForm:
         path = tmp_path / "old.json"
         path.write_text(json.dumps(good))
         assert wrong_with(path, "| old.json | stale |") == ["docs/gpu.md calls old.json stale, and it is not"]
-        good["kernels"]["copy_folios.cu"] = "0" * 64
+        good["kernels"]["copy_folios.cu"] = good["bench"]["manifest"]["gpu"]["kernel_sha256"] = "0" * 64
         path.write_text(json.dumps(good))
         assert stale_kernels(good) == ["copy_folios.cu"] and "of other kernel sources (copy_folios.cu)" in wrong_with(path, "")[0]
         assert wrong_with(path, "old.json is stale: the kernel has changed since") == []

@@ -3,7 +3,7 @@
 How to read them: docs/gpu.md. ``--`` is what was not measured or does not exist.
 """
 
-from offload.experiment.tables import ABSENT, folio_size, host_text, runs_text
+from offload.experiment.tables import ABSENT, folio_size, gpu_text, host_text, runs_text
 from offload.report import table
 from offload.units import format_bytes
 
@@ -22,12 +22,10 @@ def unverified_cells(result):
 def alone_tables(result):
     """What is printed: lines of text and rich tables, in order; the line above a table is its title."""
     manifest = result["manifest"]
-    gpu = manifest["gpu"]
     yield (f"one batch of {manifest['folios']} folios, {format_bytes(manifest['size'])} at most, in random order at both ends; {runs_text(manifest)}, "
            f"medians, seed {manifest['seed']}")
     yield host_text(manifest)
-    yield (f"no GPU: {gpu['reason']}" if gpu["reason"] else
-           f"{gpu['device']}, CUDA {gpu['cuda']}, driver {gpu['driver'] or 'unknown'}, CuPy {gpu['cupy']}, NVRTC {gpu['nvrtc']}")
+    yield gpu_text(manifest["gpu"])
     yield from manifest["notes"]
     if result["ceilings"]:
         yield "\nceilings: one large cuMemcpyAsync, GB/s of payload by events; both ways: both directions together"

@@ -28,7 +28,7 @@ import numpy as np
 from offload.engines import parse_engine
 from offload.errors import BrokenInvariant
 from offload.experiment.limits import Limits
-from offload.experiment.manifest import host_manifest, last_level_cache, what_ran
+from offload.experiment.manifest import gpu_manifest, host_manifest, last_level_cache, what_ran
 from offload.jit import exit_on_interrupt
 from offload.kernels.checksum import checksum_pages
 from offload.kernels.cpu import KERNELS
@@ -192,7 +192,7 @@ def run_bench(config, *, step=None):
     with Session(config, step) as session:
         for order in config.orders:
             cells = session.run_order(order)
-            rows += [make_row(config, engine, order, *cell) for engine, cell in zip(config.engines, cells)]
+            rows += [make_row(config, engine, order, *cell, handed) for engine, cell, handed in zip(config.engines, cells, session.handed())]
         limits = session.limits.medians()
     for row in rows:
         by_order = limits["scattered_copy_gbps"].get(f"{row['copy_kernel']}:{row['threads']}", {})
@@ -216,6 +216,14 @@ class Session:
         for one in (self.limits, *filter(None, self.migrators)):
             one.close()
 
+    def handed(self):
+        """For each engine how many batches ``auto`` gave to whom since the last call, by name; None for the others."""
+        out = [dict(migrator.handed) if hasattr(migrator, "handed") else None for migrator in self.migrators]
+        for migrator in self.migrators:
+            if hasattr(migrator, "handed"):
+                migrator.handed.clear()
+        return out
+
     def run_order(self, order):
         """All rounds of one order: for each engine its timed Runs, and the others, the last with its copies timed."""
         config, engines = self.config, self.config.engines
@@ -237,8 +245,9 @@ class Session:
         return cells
 
 
-def make_row(config, engine, order, timed, others):
-    """The row of a cell, all but its limit, from its timed Runs and the others, the last of which timed its copies."""
+def make_row(config, engine, order, timed, others, handed=None):
+    """The row of a cell, all but its limit, from its timed Runs and the others, the last of which timed its copies; ``handed``
+    as :meth:`Session.handed` has it."""
     blocked = np.concatenate([run.result.blocked_ns for run in timed])
     row = {"engine": engine.name, "copy_kernel": engine.copy_kernel, "threads": engine.threads,
            "batch_pages": config.batch_pages, "order": order, "folios": config.size // (PAGE_SIZE << order),
@@ -249,7 +258,7 @@ def make_row(config, engine, order, timed, others):
                           "max": int(blocked.max())},
            "cpu_s": float(np.mean([run.cpu_ns for run in timed])) / 1e9,
            "moved_bytes": min(run.result.moved_bytes for run in timed),
-           "verified": all(run.verified for run in timed + others), **what_ran(engine, config.nodes)}
+           "verified": all(run.verified for run in timed + others), "handed": handed, **what_ran(engine, config.nodes)}
     if "nowhere" not in config.nodes:
         row["gbps"] = spread([run.result.moved_bytes / run.wall_ns for run in timed])
     else:
@@ -265,14 +274,16 @@ def spread(samples):
 
 def make_manifest(config, date):
     """Everything needed to repeat the run and to read its numbers."""
-    return host_manifest() | {
+    on_gpu = bool({"pinned", "device"} & set(config.nodes))
+    return host_manifest() | ({"gpu": gpu_manifest()} if on_gpu else {}) | {
         "date": date, "command": config.command_line(), "seed": config.seed, "size": config.size,
         "orders": list(config.orders), "engines": [engine.name for engine in config.engines], "repeat": config.repeat,
         "warmup": config.warmup, "batch_pages": config.batch_pages, "mode": config.mode.name, "protocol": config.protocol, "reason": REASON,
         "nodes": list(config.nodes), "notes": make_notes(config),
-        "units": {"gbps": "10^9 bytes that arrived per second", "cpu_s": "seconds of all threads, mean of the timed runs",
+        "units": {"gbps": "10^9 bytes of payload that arrived per second: each byte copied counts once", "cpu_s": "seconds of all threads, mean of the timed runs",
                   "phases_ns": "ns per run", "blocked_ns": "ns per folio", "ns_per_folio": "ns of wall clock",
-                  "moved_bytes": "bytes per run, the least of the timed runs"},
+                  "moved_bytes": "bytes per run, the least of the timed runs",
+                  "handed": "batches of all runs of a cell, those not timed among them, by the engine that auto gave them to"},
         "timed": "one migrate_pages() call from Python: isolation, all batches, putback; not faulting in, filling, "
                  "poisoning, verifying",
         "phases": "one extra run of each cell that is not timed, with two more clock readings a copy in the move phase",
@@ -296,7 +307,7 @@ def make_notes(config):
 
 def compile_once(config):
     """Compile, or load from the cache, all that the benchmark runs, by tiny migrations."""
-    nodes = config.nodes if any(engine.on_gpu for engine in config.engines) else ("host", "host")
+    nodes = config.nodes if {"pinned", "device"} & set(config.nodes) or any(engine.on_gpu for engine in config.engines) else ("host", "host")
     always = ("vanilla", "batch") if "device" in nodes else ("vanilla", "batch", "mt:2")
     engines = tuple(dict.fromkeys((*map(parse_engine, always), *config.engines)))
     tiny = dataclasses.replace(config, size=PAGE_SIZE << HPAGE_PMD_ORDER, orders=(0, HPAGE_PMD_ORDER), engines=engines,

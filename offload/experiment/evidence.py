@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -185,15 +186,48 @@ def check_bench(evidence):
     bench = evidence["bench"]
     if bench["kind"] != "engine alone" or not any(row["device"] for row in bench["rows"]):
         yield "its benchmark has no row of a GPU"
+    if bench["manifest"]["gpu"]["kernel_sha256"] != evidence["kernels"][SOURCE.name]:
+        yield f"its benchmark was of another {SOURCE.name} than it names"
+    for name, ceiling in (bench["ceilings"] or {}).items():
+        if not is_speed(ceiling["gbps"], ceiling["bytes"], ceiling["device_ns"]):
+            yield f"ceiling {name}: {ceiling['gbps']} GB/s is not its bytes over the median of its times"
+    for one in bench["migrations"]:
+        if one["gbps"] and not is_close(one["gbps"]["mean"], statistics.mean(one["gbps"]["samples"])):
+            yield f"migration {one['from']},{one['to']} order {one['order']} {one['engine']}: its mean is not that of its samples"
     for row in bench["rows"]:
         cell = f"{row['from']},{row['to']} order {row['order']} {row['engine']}"
         samples = row["end_to_end_ns"]["samples"]
         if not samples or min(samples) <= 0 or row["folios"] << 12 << row["order"] != row["bytes"]:
             yield f"{cell}: its samples or sizes cannot be"
-        elif abs(row["gbps"] * row["end_to_end_ns"]["median"] / row["bytes"] - 1) > 1e-6:
-            yield f"{cell}: {row['gbps']} GB/s is not its bytes over its time"
+            continue
+        yield from (f"{cell}: {what}" for what in check_speeds(row, bench["ceilings"] or {}))
         if row["device"] and (row["device"] != evidence["device"]["device"] or not row["call"] or not row["hardware"]):
             yield f"{cell}: it does not say what ran it"
+
+
+def check_speeds(row, ceilings):
+    """What is wrong with the times of a row, each against its samples, and with its speeds and shares, each against its times."""
+    resident = row["resident"] or {}
+    for part, times in ((row, "plan_ns"), (row, "submit_ns"), (row, "device_ns"), (row, "end_to_end_ns"), *((resident, key) for key in resident)):
+        if times.endswith("_ns") and part[times] and part[times]["median"] != statistics.median(part[times]["samples"]):
+            yield f"{times} {part[times]['median']} is not the median of its samples"
+    for part, speed, times in ((row, "gbps", "end_to_end_ns"), (row, "device_gbps", "device_ns"), (resident, "device_gbps", "device_ns")):
+        if part.get(speed) and not is_speed(part[speed], row["bytes"], part[times]["samples"]):
+            yield f"{speed} {part[speed]} is not its bytes over its time"
+    ceiling = ceilings.get(f"{row['from']},{row['to']}")
+    for share, speed in (("share_of_ceiling", "gbps"), ("device_share_of_ceiling", "device_gbps")):
+        if row[share] is not None and not is_close(row[share] * ceiling["gbps"], row[speed]):
+            yield f"{share} {row[share]} is not its speed over its ceiling"
+
+
+def is_close(one, other):
+    return abs(one - other) <= 1e-6 * abs(other)
+
+
+def is_speed(gbps, nbytes, samples):
+    """Whether GB/s are these bytes over the median of these ns; None, where the median is 0."""
+    median = statistics.median(samples)
+    return is_close(gbps, nbytes / median) if gbps and median else gbps is None and median == 0
 
 
 def stale_kernels(evidence):

@@ -56,15 +56,16 @@ def what_ran(engine, nodes, *, picked=None, overlap=False):
     ``nodes``: the placements it copied from and to. ``picked``: the engine that auto took, where that is known. ``overlap``:
     cuda-batch's flag.
     """
-    gpu = gpu_manifest() if engine.on_gpu or "device" in nodes else {}
     way = picked.partition(":")[0] if picked else engine.copy_kernel
-    if way in CALLS:
-        call, flags = CALLS[way]
-        hardware = NOT_VERIFIED
-    elif "nowhere" in nodes:
+    gpu = {}
+    if "nowhere" in nodes:
         call, flags, hardware = "none, there are no bytes", "", "none"
+    elif way in CALLS:
+        call, flags = CALLS[way]
+        hardware, gpu = NOT_VERIFIED, gpu_manifest()
     elif "device" in nodes:
         call, flags, hardware = "cuMemcpyAsync for each folio, waited for", "", NOT_VERIFIED
+        gpu = gpu_manifest()
     else:
         kernel = engine.copy_kernel if engine.copy_kernel != "auto" else "stream"
         call, flags, hardware = f"CPU, {kernel}, {engine.threads} thread{'s' if engine.threads > 1 else ''}", "", "CPU"

@@ -87,6 +87,12 @@ def host_text(manifest, **settings):
                       *(f"{name} {value}" for name, value in settings.items() if value)])
 
 
+def gpu_text(gpu):
+    """What gpu_manifest() tells, in one line."""
+    return (f"no GPU: {gpu['reason']}" if gpu["reason"] else
+            f"{gpu['device']}, CUDA {gpu['cuda']}, driver {gpu['driver'] or 'unknown'}, CuPy {gpu['cupy']}, NVRTC {gpu['nvrtc']}")
+
+
 # 3. Tables.
 
 def bench_tables(result, width=None):
@@ -101,9 +107,11 @@ def bench_tables(result, width=None):
     yield (f"{format_bytes(manifest['size'])} a run, node 0 to node 1 ({','.join(manifest['nodes'])}), {manifest['mode']}, "
            f"protocol {manifest['protocol']}, {batch}; {runs_text(manifest)}, seed {manifest['seed']}")
     yield host_text(manifest, thp=manifest["thp"])
+    if "gpu" in manifest:
+        yield gpu_text(manifest["gpu"])
     yield from manifest.get("notes", ())          # older results have none
     if host:
-        yield f"\nGB/s of the whole call, {spread}; {batch}"
+        yield f"\nGB/s of the whole call (payload, each byte counted once), {spread}; {batch}"
         yield from by_size(result, lambda row: spread_text(row["gbps"], 2), width)
     else:
         yield f"\nns per folio of the whole call, {spread}; metadata only; {batch}"
@@ -111,12 +119,13 @@ def bench_tables(result, width=None):
     yield "\nspeed-up over vanilla with the same copy kernel (medians)"
     yield from by_size(result, lambda row: number_text(speedup(result, row), "x"), width)
     yield from without_base(result)
+    yield from handed_lines(result)
     if host:
         yield "\nshare of the limit: GB/s over the scattered copy with the same kernel and threads (medians)"
         yield from by_size(result, lambda row: number_text(share_of_limit(row)), width)
         yield "\nlimits: scattered copy of the same frames without migration, GB/s, median"
         yield from limits_tables(result, width)
-        yield f"np.copyto of one contiguous block: {number_text(result['limits']['contiguous_copy_gbps'])} GB/s"
+        yield f"{'copy' if 'device' in manifest['nodes'] else 'np.copyto'} of one contiguous block: {number_text(result['limits']['contiguous_copy_gbps'])} GB/s"
     yield "\nphases, ns per folio (one extra run of each, with its copies timed)"
     yield phases_table(result)
     yield "\nblocked time of a folio, us; CPU time and bytes of one run"
@@ -125,7 +134,7 @@ def bench_tables(result, width=None):
     if failed:
         yield "\nNOT VERIFIED, do not use: " + ", ".join(f"{engine} {size}" for engine, size in failed)
     else:
-        yield f"\nverified in every run: {'every byte, and ' if host else ''}each folio whole on node 1"
+        yield f"\nverified: {manifest['verified']}"
 
 
 def orders_of(result):
@@ -144,6 +153,14 @@ def without_base(result):
             lacking.setdefault(base_of(row), {})[row["engine"]] = True
     for base, engines in lacking.items():
         yield f"no speed-up for {', '.join(engines)}: {base} was not measured"
+
+
+def handed_lines(result):
+    """A line for each folio size about whom ``auto`` gave its batches to; those of older results have none."""
+    for row in result["rows"]:
+        if row.get("handed"):
+            yield (f"{row['engine']} gave its batches of {folio_size(row['order'])} to "
+                   + ", ".join(f"{name} ({nr})" for name, nr in sorted(row["handed"].items())))
 
 
 def compact(columns, rows, right):

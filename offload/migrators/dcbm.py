@@ -114,8 +114,7 @@ class Dcbm:
             rc = self._run(chans, batch, result) if chans else -ENODEV
         finally:
             for chan in chans:
-                chan.terminate_sync()
-                chan.release()
+                chan.release()                      # which ends what is under way first
             if chans:
                 rc = self._complete(rc, len(chans), batch, result, done)
         return rc
