@@ -286,6 +286,27 @@ class TestOnTheStub:
         assert stub.state.frees == stub.state.allocs - 1
 
 
+class TestCaches:
+    """Batches that are too small for a cache are named above the table."""
+
+    def test_of_the_cpu(self, no_gpu, monkeypatch):
+        monkeypatch.setattr(alone, "last_level_cache", lambda: 1 << 20)
+        assert list(alone.cache_notes(small(folios=512))) == []             # 2M at each end, and more of 64K
+        monkeypatch.setattr(alone, "last_level_cache", lambda: (1 << 20) + 1)
+        config = small(folios=512, size="4M")
+        note, = alone.cache_notes(config)
+        assert note.startswith("batches of 4K folios take less than four times the last-level cache of the CPU (1.0 MiB): they may show the cache")
+        assert note in printed(run_alone(config))
+
+    @needs_compiler
+    def test_of_the_device(self, stub, monkeypatch):
+        monkeypatch.setattr(alone, "last_level_cache", lambda: 1 << 40)
+        assert list(alone.cache_notes(small(nodes=("device,device", "pinned,device")))) == []      # the stub does not tell
+        monkeypatch.setattr(alone, "l2_cache", lambda: 50 << 20)
+        note, = alone.cache_notes(small(nodes=("device,device", "pinned,device")))
+        assert note.startswith("batches of 4K, 64K folios take less than four times the device's L2 cache (50 MiB)")
+
+
 class TestTheBatch:
     """Both ends are in random order, and what is expected is what the plan says."""
 

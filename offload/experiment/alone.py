@@ -27,19 +27,21 @@ from offload.engines import GPU_DEFAULTS, Engine, available, check_device, left_
 from offload.errors import EngineUnavailable, InvalidInput, OffloadError
 from offload.experiment.bench import no_garbage_collection, run_bench
 from offload.experiment.config import MOST, BenchConfig, available_bytes, parse_order, split_list
-from offload.experiment.manifest import gpu_manifest, host_manifest, what_ran
+from offload.experiment.manifest import gpu_manifest, host_manifest, last_level_cache, what_ran
 from offload.kernels import cuda
 from offload.kernels.base import CACHE_LINE, CopyPlan
 from offload.kernels.cuda import open_device
 from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import CudaTimer, DeviceRows, PinnedRows, measure_ceilings
-from offload.units import HPAGE_PUD_NR, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_size, parse_size
+from offload.units import HPAGE_PUD_NR, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_bytes, format_size, parse_size
 
 __all__ = ("AloneConfig", "run_alone", "LIMITS")
 
 LIMITS = {"512": NR_MAX_BATCHED_MIGRATION, "PUD": HPAGE_PUD_NR}
 """Base pages at which a batch of the migration beside closes: mainline's limit, and that of the published tables."""
+L2_CACHE_SIZE = 38
+"""CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, in bytes."""
 POISON = 0xAA
 PIECE_FRAMES = 8192
 """Poisoned and compared at a time."""
@@ -310,7 +312,7 @@ def run_alone(config, *, step=None):
     """
     step = step or (lambda what: None)
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    notes = dict.fromkeys(config.notes)
+    notes = dict.fromkeys((*config.notes, *cache_notes(config)))
     try:
         ceilings, rows = run_cells(config, notes, step)
     except CudaError as error:
@@ -321,6 +323,24 @@ def run_alone(config, *, step=None):
                   ] if config.migration else []
     return {"format": 1, "kind": "engine alone", "manifest": make_manifest(config, date, list(notes)), "ceilings": ceilings,
             "rows": rows, "migrations": migrations}
+
+
+def cache_notes(config):
+    """A line for each cache that batches are too small for: both ends of one less than four times as large, so that it may be what is
+    measured."""
+    caches = {"the last-level cache of the CPU": last_level_cache() if any("device" not in pair for pair in config.pairs) else None,
+              "the device's L2 cache": l2_cache() if ("device", "device") in config.pairs else None}
+    for name, cache in caches.items():
+        small = [format_size(PAGE_SIZE << order) for order in config.orders if 2 * (config.count(order) * PAGE_SIZE << order) < 4 * (cache or 0)]
+        if small:
+            yield (f"batches of {', '.join(small)} folios take less than four times {name} ({format_bytes(cache)}): they may show the cache, not "
+                   f"the memory; use more --folios and a larger --size")
+
+
+def l2_cache():
+    """Bytes of the device's L2 cache, or 0 where it does not tell."""
+    driver = open_device().driver
+    return driver.attribute(L2_CACHE_SIZE, driver.device(0))        # the one that is taken
 
 
 def run_cells(config, notes, step):
