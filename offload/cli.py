@@ -138,7 +138,7 @@ def evidence(
     Runs the GPU tests and offload bench-engine, and writes what was found and on what. Without a GPU it is refused. Exit status 1 if a test failed or not every byte arrived; the file says so as well.
     """
     from offload.experiment.alone import AloneConfig
-    from offload.experiment.evidence import make_evidence, require_gpu, write_evidence
+    from offload.experiment.evidence import evidence_lines, make_evidence, require_gpu, write_evidence
     from offload.experiment.progress import progress
 
     require_gpu(output)
@@ -146,9 +146,7 @@ def evidence(
     with progress(config.steps) as step:
         found = make_evidence(config, step=step)
     write_evidence(output, found)
-    tests = found["tests"]
-    print(f"{output}: {found['device']['device']}, {tests['passed']} tests passed, {tests['failed']} failed, {tests['skipped']} skipped; "
-          f"{'verified' if found['verified'] else 'NOT VERIFIED'}")
+    print(*evidence_lines(output, found), sep="\n")
     return 0 if found["verified"] else 1
 
 

@@ -6,12 +6,14 @@ into docs/evidence.
 import copy
 import json
 import pathlib
+import subprocess
 
 import pytest
 from cuda_stub import Stub, needs_compiler
 
 from offload.cli import main
 from offload.errors import InvalidInput
+from offload.experiment import alone
 from offload.experiment import evidence as evidence_module
 from offload.experiment.alone import AloneConfig
 from offload.experiment.evidence import check_evidence, kernel_hashes, make_evidence, read_report, run_gpu_tests, stale_kernels
@@ -54,9 +56,21 @@ class TestCommitted:
             assert path.name in page, f"docs/gpu.md does not say what {path.name} is"
         assert ("there is no evidence file under `docs/evidence/`" in page) == (not COMMITTED)
 
+    @pytest.mark.skipif(COMMITTED != [], reason="the line has been edited")
+    def test_the_block_to_copy_edits_it(self, tmp_path):
+        """The page's own command puts a sentence that names the file in the place of those words, and touches nothing else."""
+        page = (DOCS / "gpu.md").read_text("utf-8")
+        command, = (line for line in page.splitlines() if line.startswith("sed -i "))
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "docs" / "gpu.md").write_text(page, "utf-8")
+        subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True)
+        before, after = page.splitlines(), (tmp_path / "docs" / "gpu.md").read_text("utf-8").splitlines()
+        assert "there is no evidence file under `docs/evidence/`" not in " ".join(after) and "h100.json" in after[2]
+        assert before[:2] == after[:2] and before[5:] == after[3:] and before[5] == ""
+
 
 REPORT = """<?xml version="1.0"?><testsuites><testsuite name="pytest"><testcase classname="tests.gpu.a" name="test_one"/>
-<testcase classname="tests.gpu.a" name="test_two"><skipped message="cuda-batch: the driver is old">where</skipped></testcase>
+<testcase classname="tests.gpu.a" name="test_two"><skipped message="cuda-batch: the driver has CUDA 12.4, and so on">where</skipped></testcase>
 {more}</testsuite></testsuites>"""
 
 
@@ -133,6 +147,7 @@ class TestForm:
                                                                   "gbps": {"mean": 2.0, "samples": [1.0]}}),
         "a time of nothing": lambda e: e["bench"]["rows"][0].update(end_to_end_ns={"median": 0, "samples": [0]}),
         "bytes": lambda e: e["bench"]["rows"][0].update(bytes=1), "no samples": lambda e: e["bench"]["rows"][0].pop("end_to_end_ns"),
+        "a reason that is none": lambda e: e.update(why_not_verified=["x"]),
         "verified against its rows": lambda e: e["bench"]["rows"][0].update(verified=False), "not verified for nothing": lambda e: e.update(verified=False),
     }
 
@@ -184,6 +199,22 @@ class TestMaking:
         stub.state.corrupt = 1
         assert make_evidence(config, run_tests=lambda: report_part(tmp_path))["verified"] is False
 
+    def test_a_test_that_was_skipped(self, stub, tmp_path):
+        """For another reason than those that are known: it proves less than it should, however many passed."""
+        skipped = '<testcase classname="tests.gpu.a" name="test_three"><skipped message="cuda-kernel: no NVRTC">where</skipped></testcase>'
+        config = AloneConfig.parse(folios=4, size="64K", orders="0", engines="cuda-loop:1", repeat=1, warmup=0, migration=False)
+        found = make_evidence(config, run_tests=lambda: report_part(tmp_path, skipped))
+        assert found["why_not_verified"] == ["skipped: tests.gpu.a::test_three: cuda-kernel: no NVRTC"] and found["verified"] is False
+
+    def test_a_migration_that_was_not_measured(self, stub, tmp_path, monkeypatch):
+        def refused(*args, **texts):
+            raise InvalidInput("there is a reason")
+        monkeypatch.setattr(alone.BenchConfig, "parse", refused)
+        config = AloneConfig.parse(folios=4, size="64K", orders="0", engines="cuda-loop:1", repeat=1, warmup=0, nodes=("device,device",))
+        found = make_evidence(config, run_tests=lambda: report_part(tmp_path))
+        assert found["verified"] is False and found["why_not_verified"] == [
+            f"not measured: the migration device,device of 4K with batch limit {limit}: there is a reason" for limit in (512, 262144)]
+
     def test_a_tree_that_is_not_clean(self, made, stub, tmp_path, monkeypatch):
         monkeypatch.setattr(evidence_module, "git_commit", lambda: "0123456789" * 4 + "-dirty")
         config = AloneConfig.parse(folios=4, size="64K", orders="0", engines="cuda-loop:1", repeat=1, warmup=0, migration=False)
@@ -195,9 +226,29 @@ class TestMaking:
         path = tmp_path / "x.json"
         assert main(["evidence", "-o", str(path), "--orders", "0"]) == 0
         assert json.loads(path.read_text()) == json.loads(json.dumps(made))
-        assert capsys.readouterr().out == f"{path}: stub, not a GPU, 1 tests passed, 0 failed, 1 skipped; verified\n"
-        made["verified"] = False
-        assert main(["evidence", "-o", str(path)]) == 1 and "NOT VERIFIED" in capsys.readouterr().out
+        assert capsys.readouterr().out == (f"{path}: stub, not a GPU, 1 tests passed, 0 failed, 1 skipped; verified\n"
+                                           f"skipped, as may be: tests.gpu.a::test_two: cuda-batch: the driver has CUDA 12.4, and so on\n")
+        made.update(verified=False, why_not_verified=["there is a reason"])
+        assert main(["evidence", "-o", str(path)]) == 1
+        assert capsys.readouterr().out.splitlines()[0].endswith("; NOT VERIFIED")
+        assert main(["evidence", "-o", str(path)]) == 1 and "\nthere is a reason\n" in capsys.readouterr().out
+
+    def test_in_its_place(self, stub, made, tmp_path, monkeypatch, capsys):
+        """The folder is made, and what is left to do is said."""
+        monkeypatch.setattr(evidence_module, "make_evidence", lambda config, step: made)
+        monkeypatch.setattr(evidence_module, "ROOT", tmp_path)
+        (tmp_path / "tests" / "gpu").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert main(["evidence", "-o", "docs/evidence/x.json", "--orders", "0"]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("next: say in docs/gpu.md what x.json is") and "git commit" in last
+        assert json.loads((tmp_path / "docs" / "evidence" / "x.json").read_text())["verified"] is True
+
+    def test_without_pytest(self, stub, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(evidence_module.importlib.util, "find_spec", lambda name: None)
+        assert main(["evidence", "-o", str(tmp_path / "x.json")]) == 2
+        err = capsys.readouterr().err
+        assert "pytest is not installed" in err and "pip install -e '.[test]'" in err and err.count("\n") == 1
 
     def test_nothing_is_written_by_halves(self, stub, tmp_path, monkeypatch):
         """An error in the middle leaves the folder, and an older file, as they were."""

@@ -85,11 +85,19 @@ class TestOnTheCpu:
             assert len(row["end_to_end_ns"]["samples"]) == 2 and row["device_ns"] is row["submit_ns"] is row["resident"] is None
             assert row["gbps"] == row["bytes"] / row["end_to_end_ns"]["median"]
         assert result["ceilings"] is None and result["manifest"]["gpu"]["reason"] == "there is a reason"
-        assert {(one["engine"], one["order"], one["limit"], one["batch_pages"]) for one in result["migrations"]} == {
-            (engine, order, *limit) for engine in ("batch", "batch+stream") for order in (0, 4)
-            for limit in (("512", 512), ("PUD", 262144))}
+        assert {(one["engine"], one["order"], one["batch_pages"]) for one in result["migrations"]} == {
+            (engine, order, limit) for engine in ("batch", "batch+stream") for order in (0, 4) for limit in (512, 262144)}
+        for one in result["migrations"]:
+            assert one["bytes"] == one["folios"] << 12 << one["order"] and len(one["end_to_end_ns"]["samples"]) == 2
+            assert one["gbps"]["samples"] == pytest.approx([one["bytes"] / ns for ns in one["end_to_end_ns"]["samples"]])
         assert all(one["verified"] and one["gbps"]["mean"] > 0 for one in result["migrations"])
         assert "no GPU: there is a reason" in out and "verified: every byte" in out
+
+    def test_any_number_of_folios_is_migrated_as_well(self, no_gpu):
+        """Sizes that no number with one decimal tells exactly, such as 264K and a page."""
+        result = run_alone(small(folios=265, size=str(265 << 12), orders="0", engines="batch", migration=True, repeat=1, warmup=0))
+        assert [(one["why_not"], one["verified"], one["bytes"]) for one in result["migrations"]] == [(None, True, 265 << 12)] * 2
+        assert f"--size {265 << 12} " in result["manifest"]["command"]
 
     def test_to_standard_output(self, no_gpu):
         status, out, _ = run_main("--folios", 3, "--orders", 0, "--engines", "batch", "--no-migration", "--json", "-")
@@ -215,8 +223,8 @@ class TestOnTheStub:
     def test_migrations_beside(self, stub):
         """With device memory at an end the CPU's batch is no engine alone, but a migration: folio by folio."""
         result = run_alone(small(engines="batch,cuda-loop:1", nodes=("pinned,pinned", "pinned,device"), orders="0", migration=True, repeat=1))
-        assert {(one["to"], one["engine"], one["limit"]) for one in result["migrations"]} == {
-            (to, engine, limit) for to in ("pinned", "device") for engine in ("batch", "cuda-loop:1") for limit in ("512", "PUD")}
+        assert {(one["to"], one["engine"], one["batch_pages"]) for one in result["migrations"]} == {
+            (to, engine, limit) for to in ("pinned", "device") for engine in ("batch", "cuda-loop:1") for limit in (512, 262144)}
         assert all(one["verified"] for one in result["migrations"])
         assert [row["engine"] for row in result["rows"]] == ["batch", "cuda-loop:1", "cuda-loop:1"]
 
@@ -226,7 +234,7 @@ class TestOnTheStub:
         monkeypatch.setattr(alone.BenchConfig, "parse", refused)
         result = run_alone(small(engines="cuda-loop:1", nodes=("device,device",), orders="0", migration=True))
         assert {one["why_not"] for one in result["migrations"]} == {"there is a reason"}
-        assert "no migration beside device,device: there is a reason" in printed(result)
+        assert "not measured: the migration device,device of 4K with batch limit 512: there is a reason" in printed(result)
 
     @pytest.mark.parametrize("nodes, engines", [("host,device", "cuda-kernel"), ("host,host", "cuda-loop:1"), ("device,device", "batch"),
                                                 ("host,pinned", "auto,cuda-batch")])

@@ -21,7 +21,7 @@ from offload.units import PAGE_SIZE
 
 SIZE = 4 << 20
 ENGINES = ("vanilla", "vanilla+stream", "batch", "batch+stream", "mt:2", "mt:2+stream")
-ROW_KEYS = ["engine", "copy_kernel", "threads", "batch_pages", "order", "folios", "limit_gbps", "gbps", "phases_ns",
+ROW_KEYS = ["engine", "copy_kernel", "threads", "batch_pages", "order", "folios", "limit_gbps", "gbps", "wall_ns", "phases_ns",
             "blocked_ns", "cpu_s", "moved_bytes", "verified", "handed", "call", "flags", "hardware", "device", "cuda", "driver"]
 
 

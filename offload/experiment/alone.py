@@ -26,7 +26,7 @@ import numpy as np
 from offload.engines import GPU_DEFAULTS, Engine, available, check_device, left_out, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput, OffloadError
 from offload.experiment.bench import no_garbage_collection, run_bench
-from offload.experiment.config import MOST, BenchConfig, available_bytes, parse_order, split_list
+from offload.experiment.config import MOST, BenchConfig, available_bytes, format_exact, parse_order, split_list
 from offload.experiment.manifest import gpu_manifest, host_manifest, last_level_cache, what_ran
 from offload.kernels import cuda
 from offload.kernels.base import CACHE_LINE, CopyPlan
@@ -38,7 +38,7 @@ from offload.units import HPAGE_PUD_NR, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, for
 
 __all__ = ("AloneConfig", "run_alone", "LIMITS")
 
-LIMITS = {"512": NR_MAX_BATCHED_MIGRATION, "PUD": HPAGE_PUD_NR}
+LIMITS = (NR_MAX_BATCHED_MIGRATION, HPAGE_PUD_NR)
 """Base pages at which a batch of the migration beside closes: mainline's limit, and that of the published tables."""
 L2_CACHE_SIZE = 38
 """CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, in bytes."""
@@ -138,7 +138,7 @@ class AloneConfig:
 
     def command_line(self):
         nodes = " ".join(f"--nodes {','.join(pair)}" for pair in self.pairs)
-        return (f"offload bench-engine --folios {self.folios} --size {self.size} --orders {','.join(map(str, self.orders))} "
+        return (f"offload bench-engine --folios {self.folios} --size {format_exact(self.size)} --orders {','.join(map(str, self.orders))} "
                 f"--engines {','.join(self.engines)} {nodes} --repeat {self.repeat} --warmup {self.warmup} --seed {self.seed}"
                 f"{'' if self.migration else ' --no-migration'}")
 
@@ -414,22 +414,22 @@ def add_shares(row, ceilings):
 
 def run_migrations(config, pair, order, step):
     """Migrations of the same folios between nodes of these placements, once for each of LIMITS; or why there are none."""
-    nbytes = config.count(order) * PAGE_SIZE << order
+    nr, nbytes = config.count(order), config.count(order) * PAGE_SIZE << order
     names = [name for name in config.engines if parse_engine(name, pair).out_of_reach(pair) is None]
     out = []
-    for limit, batch_pages in LIMITS.items():
-        head = {"from": pair[0], "to": pair[1], "order": order, "limit": limit, "batch_pages": batch_pages}
+    for batch_pages in LIMITS:
+        head = {"from": pair[0], "to": pair[1], "order": order, "folios": nr, "bytes": nbytes, "batch_pages": batch_pages}
         try:
             result = run_bench(BenchConfig.parse(size=str(nbytes), orders=str(order), engines=",".join(names), nodes=",".join(pair),
                                                  repeat=config.repeat, warmup=config.warmup, batch_pages=batch_pages, seed=config.seed))
         except OffloadError as error:
             if isinstance(error, EngineUnavailable):
                 raise
-            out.append(head | {"engine": None, "gbps": None, "verified": None, "why_not": str(error)})
+            out.append(head | {"engine": None, "end_to_end_ns": None, "gbps": None, "verified": None, "why_not": str(error)})
         else:
-            out += [head | {"engine": row["engine"], "gbps": row["gbps"], "verified": row["verified"], "why_not": None}
-                    for row in result["rows"]]
-        step(f"{','.join(pair)} {format_size(PAGE_SIZE << order)} migration, limit {limit}")
+            out += [head | {"engine": row["engine"], "end_to_end_ns": spread_ns(row["wall_ns"]), "gbps": row["gbps"],
+                            "verified": row["verified"], "why_not": None} for row in result["rows"]]
+        step(f"{','.join(pair)} {format_size(PAGE_SIZE << order)} migration, batch limit {batch_pages}")
     return out
 
 

@@ -3,11 +3,14 @@
 How to read them: docs/gpu.md. ``--`` is what was not measured or does not exist.
 """
 
+import statistics
+
+from offload.experiment.alone import LIMITS
 from offload.experiment.tables import ABSENT, folio_size, gpu_text, host_text, runs_text
 from offload.report import table
 from offload.units import format_bytes
 
-__all__ = ("alone_tables", "unverified_cells")
+__all__ = ("alone_tables", "missing_migrations", "unverified_cells")
 
 COLUMNS = ("folio", "folios", "engine", "plan us", "submit us", "device us", "whole us", "GB/s device", "GB/s whole", "of ceiling",
            "resident", "of best", "512", "PUD", "verified")
@@ -17,6 +20,12 @@ def unverified_cells(result):
     """(from,to, folio size, engine) of the cells, of the batch or of a migration, whose bytes did not all arrive."""
     return [(f"{one['from']},{one['to']}", folio_size(one["order"]), one["engine"])
             for one in (*result["rows"], *result["migrations"]) if one["verified"] is False]
+
+
+def missing_migrations(result):
+    """A line for each migration beside that was asked for and not measured: where, and why."""
+    return [f"the migration {one['from']},{one['to']} of {folio_size(one['order'])} with batch limit {one['batch_pages']}: {one['why_not']}"
+            for one in result["migrations"] if one["why_not"]]
 
 
 def alone_tables(result):
@@ -38,7 +47,7 @@ def alone_tables(result):
     yield "\nwhat each is, and what moved the bytes"
     yield table(None, ("engine", "call", "flags", "hardware"), list(dict.fromkeys(
         (label(row), row["call"], row["flags"] or ABSENT, row["hardware"]) for row in result["rows"])))
-    yield from sorted({f"no migration beside {one['from']},{one['to']}: {one['why_not']}" for one in result["migrations"] if one["why_not"]})
+    yield from (f"not measured: {line}" for line in missing_migrations(result))
     failed = unverified_cells(result)
     yield ("\nNOT VERIFIED, do not use: " + "; ".join(" ".join(cell) for cell in failed) if failed else
            f"\nverified: {manifest['verified']}")
@@ -57,15 +66,15 @@ def cells(result, row, rows):
     return (folio_size(row["order"]), row["folios"], label(row), *(micro(row[name]) for name in ("plan_ns", "submit_ns", "device_ns",
                                                                                               "end_to_end_ns")),
             number(row["device_gbps"]), number(row["gbps"]), number(share), number(row["resident"] and row["resident"]["device_gbps"]),
-            number(row["gbps"] / best if best and row["gbps"] else None), *(migrated(result, row, limit) for limit in ("512", "PUD")),
+            number(row["gbps"] / best if best and row["gbps"] else None), *(migrated(result, row, limit) for limit in LIMITS),
             "yes" if row["verified"] else "NO")
 
 
 def migrated(result, row, limit):
-    """GB/s of the migration beside a row, mean; the overlap flag has none of its own."""
-    found = [one for one in result["migrations"] if one["limit"] == limit and "OVERLAP" not in row["flags"] and one["gbps"]
+    """GB/s of the migration beside a row, median; the overlap flag has none of its own."""
+    found = [one for one in result["migrations"] if one["batch_pages"] == limit and "OVERLAP" not in row["flags"] and one["gbps"]
              and all(one[name] == row[name] for name in ("from", "to", "order", "engine"))]
-    return number(found[0]["gbps"]["mean"]) if found else ABSENT
+    return number(statistics.median(found[0]["gbps"]["samples"])) if found else ABSENT
 
 
 def micro(spread):

@@ -251,7 +251,7 @@ def make_row(config, engine, order, timed, others, handed=None):
     blocked = np.concatenate([run.result.blocked_ns for run in timed])
     row = {"engine": engine.name, "copy_kernel": engine.copy_kernel, "threads": engine.threads,
            "batch_pages": config.batch_pages, "order": order, "folios": config.size // (PAGE_SIZE << order),
-           "limit_gbps": None, "gbps": None,
+           "limit_gbps": None, "gbps": None, "wall_ns": [run.wall_ns for run in timed],
            "phases_ns": {phase: others[-1].result.phases_ns[phase] for phase in PHASES},
            "blocked_ns": {"first": int(np.median([run.result.blocked_ns[0] for run in timed])),
                           "p50": int(np.percentile(blocked, 50)), "p99": int(np.percentile(blocked, 99)),
@@ -282,6 +282,7 @@ def make_manifest(config, date):
         "nodes": list(config.nodes), "notes": make_notes(config),
         "units": {"gbps": "10^9 bytes of payload that arrived per second: each byte copied counts once", "cpu_s": "seconds of all threads, mean of the timed runs",
                   "phases_ns": "ns per run", "blocked_ns": "ns per folio", "ns_per_folio": "ns of wall clock",
+                  "wall_ns": "ns of the whole call in each timed run",
                   "moved_bytes": "bytes per run, the least of the timed runs",
                   "handed": "batches of all runs of a cell, those not timed among them, by the engine that auto gave them to"},
         "timed": "one migrate_pages() call from Python: isolation, all batches, putback; not faulting in, filling, "

@@ -14,7 +14,7 @@ from offload.units import (
     parse_protocol, parse_size,
 )
 
-__all__ = ("BenchConfig", "DEFAULTS")
+__all__ = ("BenchConfig", "DEFAULTS", "MOST", "available_bytes", "format_exact", "parse_order", "split_list")
 
 DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": None, "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION,
             "mode": "MIGRATE_SYNC", "protocol": "v6", "nodes": "host,host", "seed": 0}
@@ -132,8 +132,9 @@ def parse_order(text):
 
 
 def format_exact(nbytes):
+    """As format_size() where that is exact, else the number: what is read back is the same."""
     text = format_size(nbytes)
-    return text if parse_size(text) == nbytes and "." not in text else str(nbytes)
+    return str(nbytes) if "." in text else text
 
 
 def needed_bytes(config):
