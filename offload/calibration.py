@@ -34,7 +34,7 @@ from offload.kernels.cuda import SOURCE, nvidia_driver, open_device, version_tex
 from offload.kernels.cuda_driver import CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import DeviceRows, PinnedRows
-from offload.report import write_json
+from offload.outfile import read_own, write_own
 from offload.units import ENODEV, PAGE_SIZE, format_size
 
 __all__ = ("Calibration", "AutoBackend", "open_calibration", "direction_of", "CPU", "ORDERS", "COUNTS")
@@ -170,7 +170,7 @@ class Calibration:
 
     def _load(self):
         try:
-            kept = json.loads(self.path.read_text("utf-8"))
+            kept = json.loads(read_own(self.path).decode())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -190,8 +190,8 @@ class Calibration:
     def _save(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(str(self.path), {"format": FORMAT, "holds_for": self.holds_for, "unit": "ns of a whole copy, median",
-                                        "directions": self._directions}, option="file")
+            kept = {"format": FORMAT, "holds_for": self.holds_for, "unit": "ns of a whole copy, median", "directions": self._directions}
+            write_own(self.path, json.dumps(kept, indent=1).encode() + b"\n", "file")
         except (OSError, OffloadError) as error:
             self.say(f"offload: the calibration of auto cannot be kept in {self.path} ({error}); the next process measures anew")
 

@@ -15,7 +15,7 @@ import stat
 
 from offload.errors import InvalidInput, NotPermitted, OffloadError
 
-__all__ = ("check_output", "write_output")
+__all__ = ("check_output", "write_output", "write_own", "read_own")
 
 MAX_LINKS = 40
 """As many as the kernel follows."""
@@ -58,6 +58,25 @@ def write_output(path, write, option, *, private=False):
                 write(file)
         else:
             replace(os.path.realpath(path), write, private)
+
+
+def write_own(path, content, option):
+    """Give a file of ours, in a folder of ours, its bytes, whole or not at all: whatever had the name, a link too, is replaced.
+
+    Mode 0600. OffloadError and its kind.
+    """
+    path = os.path.abspath(path)
+    with told(path, option):
+        replace(path, lambda file: file.write(content), True)
+
+
+def read_own(path):
+    """The bytes of a regular file, and of nothing else by that name. FileNotFoundError; OSError for a link, a FIFO and the like."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
 
 
 def what_is_there(path, option, private):
@@ -143,6 +162,9 @@ def told(path, option):
         text = f"{option} {path!r} cannot be written: {error.strerror or error}"
         if isinstance(error, PermissionError):
             raise NotPermitted(f"{text}; name a file in a folder of your own") from error
+        folder = os.path.dirname(path)
+        if isinstance(error, FileNotFoundError) and folder and not os.path.lexists(folder):
+            raise InvalidInput(f"{text}: there is no folder {folder!r}; make it (mkdir -p), or name a file in one that is there") from error
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise InvalidInput(f"{text}; name a file in a folder that exists and is writable") from error
         remedy = "make room, or name a file on another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"

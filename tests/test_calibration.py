@@ -3,6 +3,7 @@ stub was asked to do. No GPU is involved, and no time here is one of a GPU.
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -179,6 +180,23 @@ class TestTheFile:
         assert other.calibration.cells(PAIR) and other.stub.state.bytes > 0
         assert len(other.lines) == 2 and f"holds for {what} {HOLDS_FOR[what]}, and here is another; measured anew" in other.lines[0]
         assert json.loads(other.path.read_text())["holds_for"][what] == "another"
+
+    @pytest.mark.parametrize("kind", ["link", "dangling link", "fifo"])
+    def test_what_is_no_file_is_replaced(self, tmp_path, kind):
+        """Neither read, which may hang, nor written through."""
+        folder, target = tmp_path / "cache", tmp_path / "target"
+        folder.mkdir()
+        if kind == "fifo":
+            os.mkfifo(folder / "auto-stub.json")
+        else:
+            (folder / "auto-stub.json").symlink_to(target)
+        if kind == "link":
+            target.write_text("somebody's")
+        setup = Setup(folder)
+        setup.calibration.cells(PAIR)
+        assert "measured anew" in setup.lines[0] and setup.path.is_file() and not setup.path.is_symlink()
+        assert list(json.loads(setup.path.read_text())["directions"]) == [PAIR] and os.listdir(folder) == [setup.path.name]
+        assert not target.exists() if kind != "link" else target.read_text() == "somebody's"
 
     def test_another_engine_is_there_now(self, tmp_path):
         Setup(tmp_path, ways=("cuda-loop",)).calibration.cells(PAIR)

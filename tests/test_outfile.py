@@ -60,6 +60,10 @@ class TestFiles:
             check_output(path, "--json")
         assert repr(path) in str(refused.value) and "\n" not in str(refused.value)
 
+    def test_a_folder_that_is_missing_is_named(self, tmp_path):
+        with pytest.raises(InvalidInput, match=r"-o '.*/far/off/x' cannot be written: .*: there is no folder '.*/far/off'; make it .mkdir -p."):
+            check_output(tmp_path / "far" / "off" / "x", "-o")
+
     def test_looking_leaves_nothing(self, tmp_path):
         (tmp_path / "a").write_text("old")
         for name in ("a", "b"):

@@ -218,7 +218,7 @@ class TestSaving:
         assert path.exists() == there_before and (not there_before or path.read_text() == "old")
 
     def test_no_directory(self, tmp_path):
-        with pytest.raises(InvalidInput, match="name a file in a folder that exists"):
+        with pytest.raises(InvalidInput, match="there is no folder"):
             save(a_snapshot(), tmp_path / "no" / "a")
 
     def test_a_directory_that_takes_no_files(self):
