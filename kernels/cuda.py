@@ -25,7 +25,7 @@ SOURCE = pathlib.Path(__file__).with_name("copy_folios.cu")
 CUDA_ERROR_NO_DEVICE = 100
 LEAST_CAPABILITY = (7, 0)
 """Below it the loads of copy_folios.cu do not assemble."""
-INSTALL = "pip install 'migrate-offload[cuda13]' (or [cuda12], as the driver allows)"
+INSTALL = "pip install -e '.[cuda13]' in the checkout (or [cuda12], as the driver allows)"
 
 
 class Probe(NamedTuple):

@@ -1,6 +1,6 @@
 """Named ranges for NVIDIA's profilers: plan, upload, submit and wait of each batch, in the domain "offload".
 
-With the package nvtx (``pip install 'migrate-offload[nvtx]'``) and a tool such as ``nsys profile`` around the process they
+With the package nvtx (``pip install -e '.[nvtx]'``) and a tool such as ``nsys profile`` around the process they
 stand in its timeline; without the package there is nothing at all, without a tool next to nothing.
 """
 

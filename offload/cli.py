@@ -114,14 +114,14 @@ def bench_engine(
     from offload.experiment.alone import AloneConfig, run_alone
     from offload.experiment.alone_tables import alone_tables, unverified_cells
     from offload.experiment.progress import progress
-    from offload.report import deliver, json_target, show
+    from offload.report import console, deliver, json_target, show
 
     config = AloneConfig.parse(folios=folios, size=size, orders=orders, engines=engines, nodes=nodes or (), repeat=repeat, warmup=warmup,
                                seed=seed, migration=migration)
     json_target(json)
     with progress(config.steps) as step:
         result = run_alone(config, step=step)
-    deliver(json, result, lambda: show(alone_tables(result)))
+    deliver(json, result, lambda: show(alone_tables(result, console().width)))
     return 1 if unverified_cells(result) else 0
 
 

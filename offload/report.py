@@ -22,10 +22,17 @@ def console(file=None):
 
 
 def show(parts, file=None):
-    """Print lines of text and tables of :func:`table`, whole: a line too long for the terminal is broken by it, not by us."""
+    """Print lines of text and tables of :func:`table`, whole: a line too long for the terminal is broken by it, not by us.
+
+    (rich would take the columns that do not fit away.)
+    """
+    from rich.measure import Measurement
     out = console(file)
+    width, height = out.size
     with out.capture() as captured:
         for part in parts:
+            if not isinstance(part, str):
+                out.size = max(width, Measurement.get(out, out.options.update(max_width=NO_TERMINAL_WIDTH), part).minimum), height
             out.print(part, soft_wrap=isinstance(part, str), crop=False)
     lines = captured.get().splitlines(keepends=True)
     out.file.writelines(lines if out.is_terminal else (line.rstrip() + "\n" for line in lines))

@@ -212,11 +212,23 @@ class TestTables:
         show([table(None, ("engine", *map(str, range(10))), [("vanilla+stream", *cells)], right=tuple(map(str, range(10))))], out)
         assert all(cell in out.getvalue() for cell in cells)
 
+    def test_many_short_columns(self, monkeypatch):
+        """More of them than there is room for a letter each."""
+        monkeypatch.setenv("COLUMNS", "60")
+        monkeypatch.setenv("TERM", "dumb")
+
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+        out, names = Terminal(), [f"c{number}" for number in range(40)]
+        show([table(None, names, [[f"v{number}" for number in range(40)]])], out)
+        assert out.getvalue().split() == [*names, *(f"v{number}" for number in range(40))]
+
     def test_a_reason_can_be_copied(self, monkeypatch):
         """From a narrow terminal too: it breaks the line, we do not."""
         main_end, other = pty.openpty()
         running = subprocess.Popen([sys.executable, "-c", "from offload.kernels import cuda\n"
-                                    "cuda.probe = lambda: cuda.Probe(\"pip install 'migrate-offload[cuda13]'\")\n"
+                                    "cuda.probe = lambda: cuda.Probe(\"pip install 'needs-this[cuda13]'\")\n"
                                     "from offload.cli import main\nmain(['engines'])"], stdout=other,
                                    env=os.environ | {"COLUMNS": "40", "TERM": "dumb"})
         os.close(other)
@@ -225,7 +237,7 @@ class TestTables:
             while piece := os.read(main_end, 65536):
                 shown += piece
         os.close(main_end)
-        assert running.wait() == 0 and shown.decode().count("pip install 'migrate-offload[cuda13]'") == 1
+        assert running.wait() == 0 and shown.decode().count("pip install 'needs-this[cuda13]'") == 1
         assert b"each folio in its move" in shown       # and text is not wrapped to a column of letters
 
     def test_a_pipe_gets_no_blanks_at_line_ends(self):

@@ -60,7 +60,7 @@ class TestProbe:
 
     def test_no_cupy(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", None)
-        assert self.probe().reason.startswith("CuPy is not installed: pip install")
+        assert self.probe().reason.startswith("CuPy is not installed: pip install -e '.[cuda13]' in the checkout")
 
     def test_a_broken_cupy(self, monkeypatch, tmp_path):
         tmp_path.joinpath("cupy.py").write_text("raise ImportError('numpy is too old\\nfor this')")

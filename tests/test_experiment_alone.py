@@ -16,13 +16,14 @@ from offload.calibration import Calibration
 from offload.cli import main
 from offload.errors import EngineUnavailable, InvalidInput, OutOfMemory
 from offload.experiment import alone
+from offload.experiment import alone_tables as alone_tables_module
 from offload.experiment.alone import AloneConfig, run_alone
 from offload.experiment.alone_tables import alone_tables, unverified_cells
 from offload.experiment.manifest import NOT_VERIFIED
 from offload.kernels import cuda
 from offload.kernels.cuda import Probe
 from offload.kernels.cuda_engines import CudaBackend
-from offload.report import console
+from offload.report import console, show
 
 HERE = Probe(None, "14.2.0", 13000, "stub, not a GPU", (9, 0), 5, True, "13.5")
 KEYS = ["engine", "from", "to", "order", "folios", "bytes", "picked", "call", "flags", "hardware", "device", "cuda", "driver", "plan_ns",
@@ -207,7 +208,38 @@ class TestOnTheStub:
         text = printed(result)
         assert "stub, not a GPU, CUDA 13.0, driver" in text and "auto (cuda-kernel)" in text and "cuda-batch+overlap" in text
         assert "not verified" in text and "both ways" in text
-        assert max(map(len, text.splitlines())) <= 200
+        assert max(len(line) for line in text.splitlines() if not line.startswith("ratios mean little")) <= 200
+
+    @pytest.mark.parametrize("columns", [60, 80, 200])
+    def test_no_column_is_lost_on_a_narrow_terminal(self, result, monkeypatch, columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "dumb")
+
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+        out = Terminal()
+        show(alone_tables(result, columns), out)
+        text = out.getvalue()
+        first = text[text.index("\ndevice,device: "):text.index("\npinned,device: ")].splitlines()[2:]
+        heads = [line for line in first if line.startswith("folio ")]
+        for column in alone_tables_module.COLUMNS:
+            assert any(f" {column} " in f" {line} " for line in heads), column
+        assert len([line for line in first if line.split()[:1] == ["64K"]]) == 5 * len(heads) and max(map(len, map(str.rstrip, first))) <= columns
+
+    def test_one_statistic(self, result):
+        """Medians, also of the migrations, and how far the runs of each lie apart."""
+        row = next(row for row in result["rows"] if row["engine"] == "cuda-loop:1")
+        row["end_to_end_ns"] = {"median": 100.0, "samples": [80.0, 100.0, 140.0]}
+        beside = {name: row[name] for name in ("from", "to", "order", "engine", "folios", "bytes")} | {
+            "verified": True, "why_not": None, "end_to_end_ns": {"median": 3, "samples": [3, 3]}}
+        result["migrations"] = [beside | {"batch_pages": limit, "gbps": {"mean": 4.0, "sd": 1.0, "samples": [1.0, speed, 9.0]}}
+                                for limit, speed in ((512, 2.0), (262144, 3.0))]
+        text = printed(result)
+        line = next(line for line in text.splitlines() if line.split()[:2] == ["4K", "cuda-loop:1"]).split()
+        assert dict(zip(alone_tables_module.COLUMNS, line))["spread"] == "60%" and line[-3:] == ["2.00", "3.00", "yes"]
+        warning = next(line for line in text.splitlines() if line.startswith("ratios mean little"))
+        assert "device,device 4K cuda-loop:1 (60%)" in warning and "migrated" not in warning
 
     def test_all_is_given_back(self, stub):
         before = stub.state.streams, stub.state.events

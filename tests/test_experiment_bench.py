@@ -174,6 +174,13 @@ class TestDerivedNumbers:
     def test_speed_up_is_over_vanilla_with_the_same_copy_kernel_and_order(self):
         assert [speedup(self.result, row) for row in self.result["rows"]] == [1.0, 1.5, 1.0, 2.5, None]
 
+    def test_what_a_gpu_engine_is_held_against_is_said(self):
+        lines = [part for part in bench_tables(self.result) if isinstance(part, str)]
+        assert "\nspeed-up over vanilla with the same copy kernel (medians)" in lines
+        rows = [*self.result["rows"], row_of("vanilla", 0, [4.0]) | {"engine": "cuda-loop:1", "copy_kernel": "cuda-loop"}]
+        lines = [part for part in bench_tables(self.result | {"rows": rows}) if isinstance(part, str)]
+        assert "\nspeed-up over vanilla with the same copy kernel, that of GPU engines over vanilla between the same nodes (medians)" in lines
+
     def test_a_disturbed_run_does_not_move_a_ratio(self):
         assert share_of_limit(self.result["rows"][0]) == 0.5
 
@@ -327,6 +334,8 @@ class TestMetadataAlone:
         assert status == 0
         assert "ns per folio" in printed and "GB/s" not in printed and "metadata only" in printed
         assert result["limits"] == {"contiguous_copy_gbps": None, "scattered_copy_gbps": {}}
+        last = [line.split() for line in printed.splitlines() if line.startswith("2M   ") or line.startswith("   2M ")][-1]
+        assert last[-2:] == ["--", "places"], "no byte was copied, so none was verified"
         for row in result["rows"]:
             assert list(row) == [*ROW_KEYS, "ns_per_folio"]
             assert row["gbps"] is None and row["limit_gbps"] is None and row["verified"] is True

@@ -6,14 +6,16 @@ How to read them: docs/gpu.md. ``--`` is what was not measured or does not exist
 import statistics
 
 from offload.experiment.alone import LIMITS
-from offload.experiment.tables import ABSENT, folio_size, gpu_text, host_text, runs_text
+from offload.experiment.tables import ABSENT, folio_size, gpu_text, host_text, in_columns, runs_text
 from offload.report import table
 from offload.units import format_bytes
 
 __all__ = ("alone_tables", "missing_migrations", "unverified_cells")
 
-COLUMNS = ("folio", "folios", "engine", "plan us", "submit us", "device us", "whole us", "GB/s device", "GB/s whole", "of ceiling",
+COLUMNS = ("folio", "engine", "folios", "plan us", "submit us", "device us", "whole us", "spread", "GB/s device", "GB/s whole", "of ceiling",
            "resident", "of best", "512", "PUD", "verified")
+WIDE = 0.2
+"""Of a median: where samples lie further apart, a ratio of two medians says little. Chosen, not derived."""
 
 
 def unverified_cells(result):
@@ -28,11 +30,14 @@ def missing_migrations(result):
             for one in result["migrations"] if one["why_not"]]
 
 
-def alone_tables(result):
-    """What is printed: lines of text and rich tables, in order; the line above a table is its title."""
+def alone_tables(result, width=None):
+    """What is printed: lines of text and rich tables, in order; the line above a table is its title.
+
+    A table wider than ``width`` columns goes on in another one below it.
+    """
     manifest = result["manifest"]
     yield (f"one batch of {manifest['folios']} folios, {format_bytes(manifest['size'])} at most, in random order at both ends; {runs_text(manifest)}, "
-           f"medians, seed {manifest['seed']}")
+           f"medians, seed {manifest['seed']}; spread: of whole, the longest less the shortest over the median")
     yield host_text(manifest)
     yield gpu_text(manifest["gpu"])
     yield from manifest["notes"]
@@ -43,14 +48,31 @@ def alone_tables(result):
         rows = [row for row in result["rows"] if [row["from"], row["to"]] == pair]
         yield (f"\n{','.join(pair)}: GB/s are payload, each byte copied counted once; resident: device, with the list there already; "
                f"512 and PUD: migrations with these batch limits")
-        yield table(None, COLUMNS, [cells(result, row, rows) for row in rows], right=tuple(set(COLUMNS) - {"engine"}))
+        yield from in_columns(2, COLUMNS, [cells(result, row, rows) for row in rows], set(COLUMNS) - {"engine"}, width)
     yield "\nwhat each is, and what moved the bytes"
     yield table(None, ("engine", "call", "flags", "hardware"), list(dict.fromkeys(
-        (label(row), row["call"], row["flags"] or ABSENT, row["hardware"]) for row in result["rows"])))
+        (label(row), row["call"], row["flags"] or ABSENT, row["hardware"]) for row in result["rows"])), fold=("call", "flags"))
+    yield from wide_spreads(result)
     yield from (f"not measured: {line}" for line in missing_migrations(result))
     failed = unverified_cells(result)
     yield ("\nNOT VERIFIED, do not use: " + "; ".join(" ".join(cell) for cell in failed) if failed else
            f"\nverified: {manifest['verified']}")
+
+
+def wide_spreads(result):
+    """One line about the cells whose samples lie further apart than WIDE, if there are any."""
+    wide = [f"{one['from']},{one['to']} {folio_size(one['order'])} {what} ({percent(spread)})"
+            for some, name in ((result["rows"], label), (result["migrations"], lambda one: f"migrated by {one['engine']}, limit {one['batch_pages']}"))
+            for one in some if one["end_to_end_ns"] for what, spread in [(name(one), spread_of(one["end_to_end_ns"]))] if (spread or 0) > WIDE]
+    if wide:
+        yield (f"\nratios mean little where runs took so different times (spread over {percent(WIDE)}); use a quieter machine, more --repeat or "
+               f"larger batches: {'; '.join(wide)}")
+
+
+def spread_of(times):
+    """The longest less the shortest of samples, over their median; None of a single one."""
+    samples = times["samples"]
+    return (max(samples) - min(samples)) / times["median"] if len(samples) > 1 and times["median"] else None
 
 
 def label(row):
@@ -63,9 +85,9 @@ def label(row):
 def cells(result, row, rows):
     best = max((other["gbps"] for other in rows if other["order"] == row["order"] and other["gbps"]), default=None)
     share = row["device_share_of_ceiling"] if row["device_share_of_ceiling"] is not None else row["share_of_ceiling"]
-    return (folio_size(row["order"]), row["folios"], label(row), *(micro(row[name]) for name in ("plan_ns", "submit_ns", "device_ns",
+    return (folio_size(row["order"]), label(row), str(row["folios"]), *(micro(row[name]) for name in ("plan_ns", "submit_ns", "device_ns",
                                                                                               "end_to_end_ns")),
-            number(row["device_gbps"]), number(row["gbps"]), number(share), number(row["resident"] and row["resident"]["device_gbps"]),
+            percent(spread_of(row["end_to_end_ns"])), number(row["device_gbps"]), number(row["gbps"]), number(share), number(row["resident"] and row["resident"]["device_gbps"]),
             number(row["gbps"] / best if best and row["gbps"] else None), *(migrated(result, row, limit) for limit in LIMITS),
             "yes" if row["verified"] else "NO")
 
@@ -79,6 +101,10 @@ def migrated(result, row, limit):
 
 def micro(spread):
     return ABSENT if spread is None else f"{spread['median'] / 1000:.1f}"
+
+
+def percent(value):
+    return ABSENT if value is None else f"{100 * value:.0f}%"
 
 
 def number(value):

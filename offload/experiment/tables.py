@@ -6,7 +6,7 @@ measured. How to read them: docs/benchmarks.md.
 
 import statistics
 
-from offload.report import plus_minus, table
+from offload.report import NO_TERMINAL_WIDTH, plus_minus, table
 from offload.units import PAGE_SIZE, format_bytes, format_size
 
 __all__ = ("bench_tables", "speedup", "share_of_limit", "share_of_copy", "unverified")
@@ -116,7 +116,8 @@ def bench_tables(result, width=None):
     else:
         yield f"\nns per folio of the whole call, {spread}; metadata only; {batch}"
         yield from by_size(result, lambda row: spread_text(row["ns_per_folio"], 0), width)
-    yield "\nspeed-up over vanilla with the same copy kernel (medians)"
+    by_gpu = any(row["copy_kernel"] not in ("plain", "stream") for row in result["rows"])
+    yield f"\nspeed-up over vanilla with the same copy kernel{', that of GPU engines over vanilla between the same nodes' if by_gpu else ''} (medians)"
     yield from by_size(result, lambda row: number_text(speedup(result, row), "x"), width)
     yield from without_base(result)
     yield from handed_lines(result)
@@ -128,7 +129,7 @@ def bench_tables(result, width=None):
         yield f"{'copy' if 'device' in manifest['nodes'] else 'np.copyto'} of one contiguous block: {number_text(result['limits']['contiguous_copy_gbps'])} GB/s"
     yield "\nphases, ns per folio (one extra run of each, with its copies timed)"
     yield phases_table(result)
-    yield "\nblocked time of a folio, us; CPU time and bytes of one run"
+    yield f"\nblocked time of a folio, us; CPU time{' and bytes' if host else ''} of one run"
     yield blocked_table(result)
     failed = unverified(result)
     if failed:
@@ -186,6 +187,22 @@ def aligned(first, sizes, rows, width):
         yield out
 
 
+def in_columns(first, columns, rows, right, width):
+    """Tables of ``columns``, as few as fit into ``width``, and blank lines between them; each begins with the ``first`` so many columns."""
+    widths = [GAP + max(len(str(cell)) for cell in cells) for cells in zip(columns, *rows)]
+    room, at = (width or NO_TERMINAL_WIDTH) - sum(widths[:first]), first
+    while at < len(columns):
+        end, taken = at + 1, widths[at]
+        while end < len(columns) and taken + widths[end] - GAP <= room:
+            taken, end = taken + widths[end], end + 1
+        if at > first:
+            yield ""
+        shown = [*range(first), *range(at, end)]
+        names = [columns[i] for i in shown]
+        yield compact(names, [[row[i] for i in shown] for row in rows], [name for name in names if name in right])
+        at = end
+
+
 def by_size(result, text, width):
     """Engines as rows, folio sizes as columns, ``text(row)`` in the cells."""
     cells = {(row["engine"], row["order"]): row for row in result["rows"]}
@@ -222,5 +239,5 @@ def blocked_table(result):
     def text(row):
         blocked = row["blocked_ns"]
         return (*(us_text(blocked[name]) for name in ("first", "p50", "p99", "max")), f"{row['cpu_s']:.4f}",
-                row["moved_bytes"], "yes" if row["verified"] else "NO")
+                row["moved_bytes"] if row["gbps"] else ABSENT, ("yes" if row["gbps"] else "places") if row["verified"] else "NO")
     return details(result, ("first", "p50", "p99", "max", "CPU s", "bytes", "verified"), text)
