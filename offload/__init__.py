@@ -17,6 +17,8 @@ _HOMES = {
     "offload.migrators.cpu_mt": ("CpuMt",),
     "offload.migrators.dcbm": ("Dcbm", "DcbmParameters"),
     "offload.dmaengine": ("DmaDevice",),
+    "offload.kernels.cuda": ("open_device",),
+    "offload.kernels.cuda_engines": ("CudaProvider",),
     "offload.migrators.faulty": ("FaultyMigrator",),
     "offload.copy_offload": ("FolioBatch", "Migrator"),
     "offload.engines": ("Engine", "parse_engine"),

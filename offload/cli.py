@@ -171,9 +171,10 @@ def migrate(
 
     It is rebuilt on node 0 and moved as move_pages(2) would; every page is verified. Exit status 1 if a page that was moved or left does not verify.
     """
+    from offload.experiment.manifest import host_manifest
     from offload.workload.job import migrate_job
     return migrate_job(file=file, pid=pid, engine=engine, nodes=nodes, move_all=move_all, batch_pages=batch_pages, protocol=protocol,
-                       layout_only=layout_only, validate=validate, json=json)
+                       layout_only=layout_only, validate=validate, json=json, host=host_manifest)
 
 
 @app.command()
@@ -279,7 +280,7 @@ def main(args=None):
             raise
         if not error.format_message():              # no command: the help has been printed
             return 2
-        print(f"offload: {complaint(error)}. See offload {' '.join(command_path(error, args))}--help", file=sys.stderr)
+        print(f"offload: {complaint(error)} See offload {' '.join(command_path(error, args))}--help", file=sys.stderr)
         return 2
 
 
@@ -313,11 +314,11 @@ def drop_stdout():
 
 
 def complaint(error):
-    """What a usage error says, without a full stop, and with the value that is wrong."""
+    """What a usage error says, as a sentence, and with the value that is wrong."""
     text = error.format_message().rstrip(".")
     if hasattr(error.__cause__, "errors"):          # of Pydantic, which says "Input" for it
         text = text.replace("Input should", f"{error.__cause__.errors()[0]['input']!r} should", 1).partition(", unable")[0]
-    return text
+    return text if text.endswith("?") else text + "."
 
 
 def command_path(error, args):

@@ -54,12 +54,21 @@ class Engine:
         """With what the migration path copies what the migrator left: the CPU kernel of that name."""
         return "plain" if self.on_gpu else self.copy_kernel
 
+    @property
+    def settled(self):
+        """The name of the engine that this one is, whoever asked for ``auto``; that of an ``auto`` which chooses for each batch is auto."""
+        if self.name != "auto" or self.copy_kernel == "auto":
+            return self.name
+        return f"{self.copy_kernel}:{self.threads}" if self.on_gpu else AUTO
+
     def out_of_reach(self, nodes):
         """What keeps it from copying between frames of these placements, in words; None where it can."""
         if self.on_gpu:
             # A copy call stages host memory that is not pinned; the others would have to reach it.
-            if "host" in nodes and not (self.copy_kernel == "cuda-loop" and "device" in nodes):
+            if "host" in nodes and self.copy_kernel != "cuda-loop":
                 return "host memory that is not pinned is out of its reach"
+            if "host" in nodes and "device" not in nodes:
+                return "neither end is on the device, so its copy calls would be the CPU's own copy of host memory that is not pinned"
         elif "device" in nodes and not (self.copy_kernel == "plain" and self.migrator in (None, "mc_copy")):
             return "the CPU does not reach device memory"
         return None

@@ -86,16 +86,22 @@ def cache_root():
         return pathlib.Path(os.environ["NUMBA_CACHE_DIR"]) / "migrate-offload"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     temporary = pathlib.Path(tempfile.gettempdir(), f"migrate-offload-{os.getuid()}")
+    refused = []
     for root in (pathlib.Path(base, "migrate-offload"), temporary):
-        with contextlib.suppress(OSError):
+        try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_private(root):
                 with tempfile.TemporaryFile(dir=root):
-                    return root
-            _log.warning("%s is not used for compiled code: somebody else owns it or may write to it; remove it, or chmod go-w", root)
-    root = tempfile.mkdtemp(prefix="migrate-offload-")
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return pathlib.Path(root)
+                    break
+            refused.append(f"{root} (somebody else owns it or may write to it; remove it, or chmod go-w)")
+        except OSError as error:
+            refused.append(f"{root} ({error.strerror or error})")
+    else:
+        root = pathlib.Path(tempfile.mkdtemp(prefix="migrate-offload-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+    if refused:
+        _log.warning("compiled code is kept in %s, not in %s", root if len(refused) == 1 else f"{root} until this process ends", " or ".join(refused))
+    return root
 
 
 def is_private(folder):

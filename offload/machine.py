@@ -50,7 +50,7 @@ __all__ = ("Machine", "MachineConfig", "NodeConfig")
 
 @dataclasses.dataclass(frozen=True)
 class NodeConfig:
-    """A node: ``pages`` base pages (0: no memory), with or without CPUs, its frames in ``placement``.
+    """A node: ``pages`` base pages (0: no memory) or a size ("64M"), with or without CPUs, its frames in ``placement``.
 
     ``placement`` is "host" (bytes in host memory), "pinned" (in host memory that a GPU reaches; needs one), "device" (in its
     own memory) or "nowhere" (metadata only: nothing can be read, written or copied, a move moves metadata). Nodes of one
@@ -65,8 +65,10 @@ class NodeConfig:
     hugepages: int = 0
 
     def __post_init__(self):
+        if isinstance(self.pages, str):
+            object.__setattr__(self, "pages", parse_size(self.pages, what="node") // PAGE_SIZE)
         if not isinstance(self.pages, int) or self.pages < 0:
-            raise InvalidInput(f"pages {self.pages!r} of a node is not a number of base pages; write 0 or more")
+            raise InvalidInput(f"pages {self.pages!r} of a node is not a number of base pages; write 0 or more, or a size such as \"64M\"")
         if not isinstance(self.hugepages, int) or self.hugepages < 0:
             raise InvalidInput(f"hugepages {self.hugepages!r} of a node is not a number of 2 MiB pages; write 0 or more")
         parse_placement(self.placement)
@@ -720,9 +722,7 @@ def node_config(node, placement):
     """A NodeConfig from a size ("1G"), a number of pages, or itself."""
     if isinstance(node, NodeConfig):
         return node
-    if isinstance(node, int) and not isinstance(node, bool):
-        return NodeConfig(node, placement=placement)
-    return NodeConfig(parse_size(node, what="node") // PAGE_SIZE, placement=placement)
+    return NodeConfig(node if isinstance(node, int) and not isinstance(node, bool) else str(node), placement=placement)
 
 
 def unchain(heads, head, first, links, following, which):

@@ -28,6 +28,8 @@ def check_output(path, option, *, inputs=(), private=False):
     link. InvalidInput, NotPermitted or OffloadError. A file is made beside it and removed again; nothing else is touched.
     """
     path = os.fspath(path)
+    if not path:
+        raise InvalidInput(f"{option} {path!r} names no file; give it a name")
     with told(path, option):
         fd, into = what_is_there(path, option, private)
         refuse_inputs(path, option, inputs)

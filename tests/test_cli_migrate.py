@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import stat
 import subprocess
 import sys
@@ -117,6 +118,8 @@ class TestLive:
         assert set(result) >= {"pages_seen", "pages_moved", "pages_failed", "pages_skipped", "verified", "gbps", "phases_ns",
                                "blocked_ns", "kinds", "manifest"}
         assert result["manifest"]["engine"] == engine and result["gbps"] > 0
+        assert result["manifest"]["host"].keys() >= {"package", "git_commit", "numba"} and result["manifest"]["notes"] == []
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", result["manifest"]["taken"])
         assert result["kinds"]["shmem"]["pages_moved"] >= 64 and result["pages_failed"] == 0
         assert set(result["phases_ns"]) == {"unmap", "flush", "copy", "move"}
         assert 0 < result["blocked_ns"]["p50"] <= result["blocked_ns"]["max"]

@@ -165,6 +165,7 @@ class TestMessages:
         ("bench --repeat x", "Invalid value for '--repeat': 'x' should be a valid integer. See offload bench --help"),
         ("run", "Missing argument 'FILE'. See offload run --help"),
         ("--frob", "No such option: --frob. See offload --help"),
+        ("bench-engin", "No such command 'bench-engin'. Did you mean 'bench-engine', 'bench'? See offload --help"),
     ])
     def test_usage(self, capsys, args, line):
         assert main(args.split()) == 2
@@ -194,6 +195,13 @@ class TestMessages:
         for nodes in ("64M", 512):
             with pytest.raises(InvalidInput, match="is one value, not a list; write nodes="):
                 Machine(nodes=nodes)
+
+    def test_a_node_by_its_size(self):
+        from offload import InvalidInput, NodeConfig
+        assert NodeConfig("16M").pages == 4096 and NodeConfig(7).pages == 7
+        for pages, why in (("16X", "is not a size"), ("5000", "multiple of 4K"), (1.5, "or a size such as"), (-1, "write 0 or more")):
+            with pytest.raises(InvalidInput, match=why):
+                NodeConfig(pages)
 
 
 class TestTables:
@@ -255,6 +263,11 @@ class TestCacheFolder:
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
         monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
         return tmp_path / f"migrate-offload-{os.getuid()}"
+
+    def test_where_it_is_instead_is_said(self, places, caplog):
+        assert jit.cache_root.__wrapped__() == places
+        assert [record.getMessage() for record in caplog.records] == [
+            f"compiled code is kept in {places}, not in /proc/nowhere/migrate-offload (No such file or directory)"]
 
     def test_a_fresh_one_is_private_and_used_again(self, places):
         assert jit.cache_root.__wrapped__() == places == jit.cache_root.__wrapped__()

@@ -157,6 +157,15 @@ class TestAlone:
         assert config.notes[0].startswith("left out: cuda-kernel (NVRTC is not there)")
 
 
+class TestWhatIsRefused:
+    """With the reason that is true of this engine."""
+
+    @pytest.mark.parametrize("name, why", [("cuda-loop:2", "the CPU's own copy of host memory"), ("cuda-kernel", "is out of its reach")])
+    def test_without_the_device(self, stub, name, why):
+        with pytest.raises(InvalidInput, match=why):
+            BenchConfig.parse(engines=name, nodes="host,pinned", size="2M", orders="0")
+
+
 class TestCheckDevice:
     """Nodes that a GPU has to have are looked for before anything else, and the message names them."""
 

@@ -7,6 +7,8 @@ which passes shows that compiled code and Python leave it alone.
 import contextlib
 import gc
 import itertools
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -342,6 +344,13 @@ class TestRefusals:
             with pytest.raises(InvalidInput, match=f"pinned, and node {nodes.split(',').index('host')} is not") as refused:
                 machine.register(wrap(parse_engine(name).make_migrator()))
             assert "\n" not in str(refused.value) and machine.offload.migrator is None
+
+    def test_the_example_of_the_page(self, stub, capsys):
+        """docs/gpu.md's block of Python runs as it stands, and prints what its comment says."""
+        page = (pathlib.Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text("utf-8")
+        program, = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        exec(program, {})                           # noqa: S102 it is ours
+        assert re.findall(r"print\(.*\)   # (.*)", program) == capsys.readouterr().out.splitlines()
 
     def test_more_than_the_device_has(self, stub):
         stub.have_bytes(40 << 20)

@@ -104,6 +104,11 @@ class TestOnTheCpu:
         status, out, _ = run_main("--folios", 3, "--orders", 0, "--engines", "batch", "--no-migration", "--json", "-")
         assert status == 0 and json.loads(out)["rows"][0]["folios"] == 3
 
+    def test_auto_on_the_cpu_says_whom_it_took(self, no_gpu):
+        result = run_alone(small(folios=1, orders="0", engines="auto,batch"))
+        assert [(row["picked"], row["hardware"]) for row in result["rows"]] == [("batch+stream", "CPU"), (None, "CPU")]
+        assert "auto (batch+stream)" in printed(result) and "one batch of 1 folio, " in printed(result)
+
     def test_a_byte_that_does_not_arrive(self, no_gpu, monkeypatch):
         """One bit in one page of one engine: that cell alone is not verified, and the status says so."""
         class Wrong:
@@ -140,7 +145,8 @@ class TestOnTheCpu:
     @pytest.mark.parametrize("args, expected", [
         (("--folios", 0), "folios 0 cannot be"), (("--size", "4K", "--orders", "9"), "holds no folio of 2M"), (("--nodes", "host"), "not two placements"),
         (("--nodes", "host,moon"), "not two placements"), (("--nodes", "nowhere,nowhere"), "not two placements"),
-        (("--engines", "batch,batch"), "one twice"), (("--engines", "warp"), "is not known"), (("--orders", "10"), "out of range"),
+        (("--engines", "batch,batch"), "engines names batch twice"), (("--nodes", "host,host", "--nodes", "host,host"), "nodes names host,host twice"),
+        (("--json", ""), "names no file"), (("--repeat", 10_001), "from 1 to 10000"), (("--engines", "warp"), "is not known"), (("--orders", "10"), "out of range"),
         (("--nodes", "pinned,pinned"), "there is a reason"), (("--engines", "cuda-kernel"), "there is a reason"),
         (("--folios", 1 << 30, "--size", "1024G"), "is available; use a smaller"), (("--repeat", 0), "repeat 0 cannot be"),
         (("--json", "/nonexistent/x"), "cannot be written"),
@@ -291,6 +297,10 @@ class TestOnTheStub:
         result = run_alone(small(engines="cuda-kernel", nodes=("device,device",), orders="0"))
         assert len(result["ceilings"]) == 4 and result["rows"][0]["device_share_of_ceiling"] is not None
         assert run_alone(small(engines="cuda-kernel", nodes=("pinned,pinned",), orders="0"))["ceilings"] is None
+
+    def test_auto_that_was_settled_beforehand_says_whom_it_took(self, stub):
+        result = run_alone(small(engines="auto", nodes=("host,device",), orders="0"))
+        assert [(row["picked"], row["call"]) for row in result["rows"]] == [("cuda-loop:1", "cuMemcpyAsync for each run")]
 
     def test_pageable_memory(self, stub):
         """A copy call stages it; the others would have to reach it, and are left out."""

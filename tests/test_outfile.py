@@ -60,6 +60,10 @@ class TestFiles:
             check_output(path, "--json")
         assert repr(path) in str(refused.value) and "\n" not in str(refused.value)
 
+    def test_no_name(self):
+        with pytest.raises(InvalidInput, match="--json '' names no file"):
+            check_output("", "--json")
+
     def test_a_folder_that_is_missing_is_named(self, tmp_path):
         with pytest.raises(InvalidInput, match=r"-o '.*/far/off/x' cannot be written: .*: there is no folder '.*/far/off'; make it .mkdir -p."):
             check_output(tmp_path / "far" / "off" / "x", "-o")

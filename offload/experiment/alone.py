@@ -26,7 +26,7 @@ import numpy as np
 from offload.engines import GPU_DEFAULTS, Engine, available, check_device, left_out, parse_engine
 from offload.errors import EngineUnavailable, InvalidInput, OffloadError
 from offload.experiment.bench import no_garbage_collection, run_bench
-from offload.experiment.config import MOST, BenchConfig, available_bytes, format_exact, parse_order, split_list
+from offload.experiment.config import MOST, MOST_RUNS, BenchConfig, available_bytes, check_counts, format_exact, parse_order, split_list
 from offload.experiment.manifest import gpu_manifest, host_manifest, last_level_cache, what_ran
 from offload.kernels import cuda
 from offload.kernels.base import CACHE_LINE, CopyPlan
@@ -85,14 +85,11 @@ class AloneConfig:
                    repeat, warmup, seed, migration, (left_out(not_here),) if not_here else ())
 
     def __post_init__(self):
-        for name, least in (("folios", 1), ("size", PAGE_SIZE), ("repeat", 1), ("warmup", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-                raise InvalidInput(f"{name} {value!r} cannot be; give a whole number from {least} to {MOST}")
-        for name in ("orders", "engines", "pairs"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise InvalidInput(f"{name} {','.join(map(str, values))!r} names none, or one twice; name each once")
+        check_counts(self, folios=(1, MOST), size=(PAGE_SIZE, MOST), repeat=(1, MOST_RUNS), warmup=(0, MOST_RUNS), seed=(0, MOST))
+        for name, values in (("orders", self.orders), ("engines", self.engines), ("nodes", tuple(map(",".join, self.pairs)))):
+            twice = [value for value in values if values.count(value) > 1]
+            if twice or not values:
+                raise InvalidInput(f"{name} names {f'{twice[0]} twice' if twice else 'none'}; name each once")
         for order in self.orders:
             if self.size < PAGE_SIZE << order:
                 raise InvalidInput(f"size {format_size(self.size)} holds no folio of {format_size(PAGE_SIZE << order)}; use a larger "
@@ -379,7 +376,7 @@ def run_cell(config, memory, pair, order, notes, step):
 def make_row(one, pair, order, batch):
     """The row of a cell from its samples. ns; GB/s are payload over the median."""
     engine, plan, nbytes = one.engine, batch.plan, batch.plan.nbytes
-    picked = one.backend.backend_for(plan)[0] if engine.copy_kernel == "auto" else None
+    picked = (one.backend.backend_for(plan)[0] if engine.copy_kernel == "auto" else engine.settled) if engine.name == "auto" else None
     row = {"engine": engine.name, "from": pair[0], "to": pair[1], "order": order, "folios": plan.nr_folios, "bytes": nbytes,
            "picked": picked, **what_ran(engine, pair, picked=picked, overlap=one.overlap),
            "plan_ns": None, "submit_ns": None, "device_ns": None, "end_to_end_ns": spread_ns(one.whole),

@@ -36,7 +36,7 @@ def alone_tables(result, width=None):
     A table wider than ``width`` columns goes on in another one below it.
     """
     manifest = result["manifest"]
-    yield (f"one batch of {manifest['folios']} folios, {format_bytes(manifest['size'])} at most, in random order at both ends; {runs_text(manifest)}, "
+    yield (f"one batch of {manifest['folios']} folio{'s' * (manifest['folios'] != 1)}, {format_bytes(manifest['size'])} at most, in random order at both ends; {runs_text(manifest)}, "
            f"medians, seed {manifest['seed']}; spread: of whole, the longest less the shortest over the median")
     yield host_text(manifest)
     yield gpu_text(manifest["gpu"])

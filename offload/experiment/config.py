@@ -14,14 +14,16 @@ from offload.units import (
     parse_protocol, parse_size,
 )
 
-__all__ = ("BenchConfig", "DEFAULTS", "MOST", "available_bytes", "format_exact", "parse_order", "split_list")
+__all__ = ("BenchConfig", "DEFAULTS", "MOST", "MOST_RUNS", "available_bytes", "check_counts", "format_exact", "parse_order", "split_list")
 
 DEFAULTS = {"size": "256M", "orders": "0,2,4,6,8,9", "engines": None, "repeat": 5, "warmup": 1, "batch_pages": NR_MAX_BATCHED_MIGRATION,
             "mode": "MIGRATE_SYNC", "protocol": "v6", "nodes": "host,host", "seed": 0}
 """Texts and numbers of the command line. Engines None: those of default_engines()."""
 
 MOST = 1 << 40
-"""Of any count: beyond use, and far from overflowing."""
+"""Of bytes, pages and folios: beyond use, and far from overflowing."""
+MOST_RUNS = 10_000
+"""Of one cell: each is kept, and takes milliseconds to seconds."""
 BLOCK = PAGE_SIZE << MAX_PAGE_ORDER
 RECORD_BYTES = 64
 """Of one page in the memmap, at most."""
@@ -70,10 +72,7 @@ class BenchConfig:
 
     def __post_init__(self):
         parse_protocol(self.protocol)
-        for name, least in (("repeat", 1), ("warmup", 0), ("batch_pages", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-                raise InvalidInput(f"{name.replace('_', '-')} {value!r} cannot be; give a whole number from {least} to {MOST}")
+        check_counts(self, repeat=(1, MOST_RUNS), warmup=(0, MOST_RUNS), batch_pages=(1, MOST), seed=(0, MOST))
         for name in ("orders", "engines"):
             values = getattr(self, name)
             if not values:
@@ -114,6 +113,14 @@ class BenchConfig:
 
 
 EXAMPLES = {"orders": DEFAULTS["orders"], "engines": "vanilla,batch+stream"}
+
+
+def check_counts(config, **bounds):
+    """InvalidInput unless each of these fields is a whole number within its bounds (least, most)."""
+    for name, (least, most) in bounds.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise InvalidInput(f"{name.replace('_', '-')} {value!r} cannot be; give a whole number from {least} to {most}")
 
 
 def split_list(name, text):

@@ -16,8 +16,11 @@ from offload.workload.live import read_process
 __all__ = ("migrate_job", "snapshot_job")
 
 
-def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, layout_only, validate, json):
-    """`offload migrate`; the exit status: 0 if every page that was moved or left verifies, else 1."""
+def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, layout_only, validate, json, host):
+    """`offload migrate`; the exit status: 0 if every page that was moved or left verifies, else 1.
+
+    ``host()``: what is known of this host and our version, for the manifest.
+    """
     if (file is None) == (pid is None):
         raise InvalidInput("give either --pid PID or a FILE that offload snapshot wrote, and not both")
     pid = parse_pid(pid) if pid is not None else None
@@ -50,6 +53,7 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
                           progress=step("rebuilding"))
         moved = move_process(rebuilt, engine, move_all=move_all, validate=validate)
     result = result_of(moved)
+    result["manifest"]["host"] = host()
     deliver(json, result, lambda: show(result_parts(result)))
     return 0 if moved.verified else 1
 

@@ -110,7 +110,7 @@ def read_process(pid, *, layout_only=False, max_bytes=None, progress=None):
     if os.sysconf("SC_PAGE_SIZE") != PAGE_SIZE:
         raise NotSupported(f"this kernel has pages of {format_size(os.sysconf('SC_PAGE_SIZE'))}; only 4K can be read")
     begun_ns = time.perf_counter_ns()
-    taken = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    taken = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     notes = []
     with contextlib.ExitStack() as stack, _errors_of_ours(pid):
         # All files are opened before any is read. Each stays with the address space it was opened on, so that a process

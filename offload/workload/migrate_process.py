@@ -275,7 +275,7 @@ def result_of(moved):
         "manifest": {
             "pid": snapshot.pid, "comm": snapshot.comm, "taken": snapshot.taken, "kernel": snapshot.kernel,
             "layout_only": snapshot.layout_only, "folio_sizes_known": snapshot.folio_sizes_known,
-            "engine": engine.name, "note": engine.note, "migrator": moved.migrator_name, "copy_kernel": engine.copy_kernel,
+            "engine": engine.name, "notes": [engine.note] if engine.note else [], "migrator": moved.migrator_name, "copy_kernel": engine.copy_kernel,
             "threads": engine.threads, "batch_pages": rebuilt.machine.config.batch_pages, "mode": "MIGRATE_SYNC",
             "protocol": rebuilt.machine.config.protocol, "reason": "syscall_or_cpuset", "move_all": moved.move_all,
             "read_ns": snapshot.read_ns,
@@ -325,8 +325,7 @@ def result_parts(result):
            f"{'MPOL_MF_MOVE_ALL' if manifest['move_all'] else 'MPOL_MF_MOVE'}")
     if manifest["nodes"][0] != manifest["nodes"][1] or manifest["nodes"][0] not in ("host", "nowhere"):
         yield f"nodes {','.join(manifest['nodes'])}"
-    if manifest["note"]:
-        yield manifest["note"]
+    yield from manifest["notes"]
     yield ""
     names = ("pages_seen", "pages_moved", "pages_failed", "pages_skipped")
     rows = [(kind, *(counts[name] for name in names)) for kind, counts in result["kinds"].items()]
