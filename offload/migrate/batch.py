@@ -156,8 +156,8 @@ def migrate_pages_batch(mem, call):
 def find_entry(mem, call, src):
     """Ask for the page-table entry of a folio that will soon be unmapped, and note where it stands.
 
-    Unmapping and moving a small folio that is mapped there and nowhere else then need not walk to it again
-    (try_to_migrate(), remove_migration_ptes()). Not where events may change page tables meanwhile.
+    Unmapping and moving a simple folio (migrate/simple.py) then need not walk to it again. Not where events may change page
+    tables meanwhile.
     """
     entry = prefetch_entry(mem, src)
     if call.state[0].stop_mask == 0 and mem.folios[src].order == 0:

@@ -93,7 +93,7 @@ CALL_DTYPE = np.dtype([(name, np.int64) for name in (
     "nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split",
     "targets_allocated", "targets_returned", "tlb_flushes", "cpu_batches",
     "copied_folios", "batched_folios", "moved_with_copy", "copied_bytes", "moved_bytes", "nr_batches",
-    "unmap_ns", "flush_ns", "copy_ns", "move_ns", "move_copy_ns", "phase_started", "nr_blocked",
+    "unmap_ns", "flush_ns", "copy_ns", "move_ns", "move_copy_ns", "phase_started", "nr_blocked", "nr_in_ns",
 )], align=True)
 
 
@@ -112,7 +112,7 @@ class Call(NamedTuple):
     pair_order: np.ndarray      # uint8
     pair_done: np.ndarray       # uint8: the batch copy's completions
     pair_since: np.ndarray      # int64, ticks: when the folio lost its first mapping
-    blocked: np.ndarray         # int64, ticks: per folio given its mapping back, in that order; nr_blocked of them
+    blocked: np.ndarray         # int64, per folio given its mapping back, in that order; nr_blocked of them: nr_in_ns ns, then ticks
 
 
 unpack_call = make_unpack("Call", Call(CALL_DTYPE, LIST_DTYPE, np.int64, np.int64, np.int64, np.uint8, np.uint8,

@@ -14,6 +14,7 @@ import numpy as np
 from offload.intrinsics import clock_ns, ticks
 from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.call import STEP_COPIED, STOP_CALLBACK, STOP_FRAME_COPY, STOP_FRAME_LOG, STOP_STEP, step_before
+from offload.migrate.simple import move_simple_folio
 from offload.migrate.state import (
     FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, folio_hand_down_copied, folio_take_content_copied, migrate_info_extract,
     migrate_info_record,
@@ -382,6 +383,8 @@ def migrate_folio_move(mem, call, src, dst, since):
     """
     c = call.state[0]
     if c.move_at == MOVE_BEGIN:
+        if move_simple_folio(mem, call, src, dst, since):
+            return 0
         c.old_page_state, c.anon_vma = migrate_info_extract(mem, c.protocol, dst)
         c.was_queued = mem.folios[src].order > 1 and mem.folios[src].page_flags & PG_deferred_list != 0
         c.was_partial = mem.folios[src].page_flags & PG_partially_mapped != 0

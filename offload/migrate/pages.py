@@ -130,10 +130,13 @@ def count_pages(mem_table, pfns):
 
 
 @jit_entry
-def ticks_to_ns(times, tick_ns, out):
-    """Write the first ``len(out)`` spans of ticks() as nanoseconds to ``out``."""
-    for i in range(len(out)):
-        out[i] = np.int64(times[i] * tick_ns)
+def blocked_to_ns(call_table, tick_ns):
+    """Turn the blocked times from ticks into nanoseconds, where they stand; once, though it be called again."""
+    call = unpack_call(call_table)
+    c = call.state[0]
+    for i in range(c.nr_in_ns, c.nr_blocked):
+        call.blocked[i] = np.int64(call.blocked[i] * tick_ns)
+    c.nr_in_ns = c.nr_blocked
 
 
 STATS = ("nr_succeeded", "nr_failed_pages", "nr_thp_succeeded", "nr_thp_failed", "nr_thp_split", "nr_split")
@@ -280,7 +283,7 @@ def migrate_pages(machine, pfns, *, mode, reason, target, pf_memalloc=False, eve
     offload.batches += int(state["cpu_batches"][0])
     ns, nr_ticks = clocks[1] - clocks[0]
 
-    result = make_result(call, wall, cpu, ns / max(nr_ticks, 1))
+    result = make_result(call, call_table, wall, cpu, ns / max(nr_ticks, 1))
     if error is None and state["hang"][0]:
         error = WouldHang(f"the kernel would sleep for ever on folio {state['hang'][0]}: its lock, its buffers' locks or "
                           f"writeback is never released; the folio was left behind")
@@ -303,7 +306,7 @@ def finish_call(machine, call):
                 copy_far_folio(machine, state)
         elif stop == STOP_FRAME_LOG:
             machine.frames.drain(quiet=True)
-    return make_result(call, 0, 0, 1.0)
+    return make_result(call, call_table, 0, 0, 1.0)
 
 
 def take_up(state, mem_table, call_table):
@@ -394,10 +397,9 @@ def plain(records):
     return records.view(np.ndarray)
 
 
-def make_result(call, wall_ns, cpu_ns, tick_ns):
+def make_result(call, call_table, wall_ns, cpu_ns, tick_ns):
     c = dict(zip(CALL_DTYPE.names, plain(call.state).tolist()[0]))
-    blocked_ns = np.zeros(c["nr_blocked"], np.int64)            # not in place: a result cut off by Ctrl-C is made again
-    ticks_to_ns(call.blocked, tick_ns, blocked_ns)
+    blocked_to_ns(call_table, tick_ns)              # in place, once: a result cut off by Ctrl-C is made again
     first, nr = plain(call.lists)[L_RET].tolist()
     return MigrateResult(
         rc=c["rc"], mode=MigrateMode(c["mode"]), reason=MigrateReason(c["reason"]),
@@ -410,4 +412,4 @@ def make_result(call, wall_ns, cpu_ns, tick_ns):
         copied_bytes=c["copied_bytes"], moved_bytes=c["moved_bytes"],
         phases_ns={"unmap": c["unmap_ns"], "flush": c["flush_ns"], "copy": c["copy_ns"] + c["move_copy_ns"],
                    "move": c["move_ns"] - c["move_copy_ns"]},
-        blocked_ns=blocked_ns, wall_ns=wall_ns, cpu_ns=cpu_ns)
+        blocked_ns=call.blocked[:c["nr_blocked"]], wall_ns=wall_ns, cpu_ns=cpu_ns)

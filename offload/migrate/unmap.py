@@ -9,6 +9,7 @@ import numpy as np
 from offload.intrinsics import ticks
 from offload.jit import jit, jit_inline, jit_once
 from offload.migrate.call import list_add_tail
+from offload.migrate.simple import unmap_simple_folio
 from offload.migrate.state import FOLIO_WAS_MAPPED, FOLIO_WAS_MLOCKED, migrate_info_record
 from offload.mm.address_space import filemap_release_folio
 from offload.mm.memmap import (
@@ -147,6 +148,8 @@ def migrate_folio_unmap(mem, call, src):
     Kernel: migrate_folio_unmap(). A lock or writeback that never ends makes the kernel sleep for ever; here the
     attempt fails with -EAGAIN and ``hang`` names the folio.
     """
+    if unmap_simple_folio(mem, call, src):
+        return 0
     c = call.state[0]
     folio = mem.folios[src]
     if folio.page_flags & PG_hwpoison and mem.sys[0].rule_set >= RULES_MM_NEXT:

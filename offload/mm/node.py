@@ -214,7 +214,29 @@ def free_pages(mem, pfn):
     poisoned = folio.page_flags & PG_hwpoison
     if order and folio.mapping < 0:
         mem.mthp_nr_anon[order] -= 1
+    clear_record(mem, pfn)
+    if order:
+        set_page_orders(mem, pfn, 1 << order, 0)
+    if poisoned:
+        free_poisoned(mem, nid, pfn, order)
+        return
+    free_block(mem, nid, pfn, order)
+
+
+@jit_inline
+def free_base_page(mem, pfn):
+    """free_pages() for a base page that is good, on no LRU list and not mlocked."""
+    nid = np.int64(mem.folios[pfn].nid)
+    clear_record(mem, pfn)
+    free_block(mem, nid, pfn, 0)
+
+
+@jit_inline
+def clear_record(mem, pfn):
+    """Make the record of a page that is being freed as new."""
+    folio = mem.folios[pfn]
     folio.page_flags = 0
+    folio.refcount = 0
     folio.mapcount = 0
     folio.entire_mapcount = 0
     folio.pincount = 0
@@ -225,12 +247,6 @@ def free_pages(mem, pfn):
     folio.migrate_info = 0
     folio.cpupid = 0
     folio.order = 0
-    if order:
-        set_page_orders(mem, pfn, 1 << order, 0)
-    if poisoned:
-        free_poisoned(mem, nid, pfn, order)
-        return
-    free_block(mem, nid, pfn, order)
 
 
 @jit

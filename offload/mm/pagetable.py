@@ -417,8 +417,7 @@ def try_to_migrate(mem, folio_pfn):
     Afterwards ``mapcount`` is 0, unless an exclusive page may be pinned: then the walk stops and what it had
     replaced stays replaced (the caller restores it). Whether TLB flushes are batched is the caller's affair.
 
-    ``migrate_info`` of a source, if not 0, is where its entry is expected (migrate/batch.py); where it is its only one, that
-    saves the walk, and remove_migration_ptes() relies on it. Else it is set to 0 here.
+    ``migrate_info`` of the folio is 0 then: remove_migration_ptes() must walk as well.
 
     Kernel: try_to_migrate() with try_to_migrate_one(). Device memory that is neither private nor coherent stays mapped.
     """
@@ -427,12 +426,7 @@ def try_to_migrate(mem, folio_pfn):
         if folio.page_flags & PG_zone_device == 0:
             walk_ksm(mem, folio_pfn, folio_pfn, True)
         return
-    if folio.migrate_info:
-        old = mem.tables[folio.migrate_info]
-        if folio.mapcount == 1 and old & (PTE_PRESENT | PTE_SPECIAL) == PTE_PRESENT and pte_pfn(old) == folio_pfn:
-            try_to_migrate_entry(mem, folio_pfn, rmap_vma(mem, folio_pfn, rmap_first(mem, folio_pfn)), folio.migrate_info)
-            return
-        folio.migrate_info = 0
+    folio.migrate_info = 0
     nr_pages = np.int64(1) << folio.order
     cursor = rmap_first(mem, folio_pfn)
     while cursor and folio.mapcount:
@@ -545,7 +539,8 @@ def remove_migration_ptes(mem, src, dst):
     """Turn the migration entries that hold pages of ``src`` into entries for the same pages of ``dst``.
 
     ``dst`` is the destination after a successful move, or ``src`` itself to undo an unmap; its mapping and index
-    are set, as the walk is by them. Entries that vanished meanwhile are simply not found.
+    are set, as the walk is by them. Entries that vanished meanwhile are simply not found. ``migrate_info`` of ``src``, if
+    not 0, is where its only entry stands (migrate/simple.py), which saves the walk.
 
     Kernel: remove_migration_ptes().
     """
