@@ -89,7 +89,8 @@ def list_in_memory(nr):
 def lay_out(plan, *, check=True, room=list_in_memory):
     """The Launch of a plan: its folios sorted by order, in list order within one. InvalidInput as merge_runs().
 
-    ``room(n)`` gives the (n, 2) uint32 array for the pairs, asked for when nothing can be refused any more. Neighbours are not merged: a pair costs 8 bytes of list, and a warp finds its page without them.
+    ``room(n)`` gives the (n, 2) uint32 array for the pairs, asked for when nothing can be refused any more. Neighbours are not
+    merged: a pair costs 8 bytes of list, and a warp finds its page without them.
     """
     if check:
         refuse_overlap(plan)
