@@ -31,7 +31,7 @@ from offload.experiment.manifest import gpu_manifest, host_manifest, last_level_
 from offload.kernels import cuda
 from offload.kernels.base import CACHE_LINE, CopyPlan
 from offload.kernels.cuda import open_device
-from offload.kernels.cuda_driver import CudaError
+from offload.kernels.cuda_driver import CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, CudaError
 from offload.kernels.cuda_engines import WAYS, CudaBackend
 from offload.kernels.cuda_timing import CudaTimer, DeviceRows, PinnedRows, measure_ceilings
 from offload.units import HPAGE_PUD_NR, NR_MAX_BATCHED_MIGRATION, PAGE_SIZE, format_bytes, format_size, parse_size
@@ -40,8 +40,6 @@ __all__ = ("AloneConfig", "run_alone", "LIMITS")
 
 LIMITS = (NR_MAX_BATCHED_MIGRATION, HPAGE_PUD_NR)
 """Base pages at which a batch of the migration beside closes: mainline's limit, and that of the published tables."""
-L2_CACHE_SIZE = 38
-"""CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, in bytes."""
 POISON = 0xAA
 PIECE_FRAMES = 8192
 """Poisoned and compared at a time."""
@@ -337,7 +335,7 @@ def cache_notes(config):
 def l2_cache():
     """Bytes of the device's L2 cache, or 0 where it does not tell."""
     driver = open_device().driver
-    return driver.attribute(L2_CACHE_SIZE, driver.device(0))        # the one that is taken
+    return driver.attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, driver.device(0))        # the one that is taken
 
 
 def run_cells(config, notes, step):
