@@ -45,7 +45,7 @@ def migrate_job(*, file, pid, engine, nodes, move_all, batch_pages, protocol, la
         else:
             snapshot = snap.load(file)
             if layout_only:
-                snapshot = without_bytes(snapshot)
+                snapshot = snapshot.without_bytes()
     check_nodes_for_bytes(nodes, snapshot.layout_only)
     compile_once(engine, nodes)
     with progress_bar() as step:
@@ -105,12 +105,6 @@ def parse_pid(text):
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
         raise InvalidInput(f"--pid {text!r} is not a process id; give a positive number, or self")
     return int(text)
-
-
-def without_bytes(snapshot):
-    """The same snapshot, layout only."""
-    import dataclasses
-    return dataclasses.replace(snapshot, data=None)
 
 
 def _readable_bytes():

@@ -389,7 +389,7 @@ def compile_once(engine, nodes=("host", "host")):
     with exit_on_interrupt():
         for nr_pages in (1, 65):                    # fewer folios than threads, and more
             tiny = _tiny_snapshot(nr_pages)
-            tiny = dataclasses.replace(tiny, data=None) if "nowhere" in nodes else tiny
+            tiny = tiny.without_bytes() if "nowhere" in nodes else tiny
             move_process(rebuild(tiny, nodes=nodes), engine, move_all=True)
 
 

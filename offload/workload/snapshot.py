@@ -170,7 +170,7 @@ class Snapshot:
     pid: int
     comm: str
     taken: str
-    """When reading began: ISO 8601 with the offset from UTC."""
+    """When reading began: ISO 8601, UTC. (Files of older versions: with the offset from UTC.)"""
     kernel: str
     """Release of the running kernel."""
     vmas: tuple[SnapshotVma, ...]
@@ -210,6 +210,10 @@ class Snapshot:
     @property
     def layout_only(self):
         return self.data is None
+
+    def without_bytes(self):
+        """The same, layout only."""
+        return dataclasses.replace(self, data=None)
 
     def orders(self):
         """Distinct folios per order, ascending: ``{0: 812, 9: 4}``. The zero pages are not counted."""
