@@ -175,7 +175,7 @@ def migrate_misplaced_folio_prepare(mem_table, vma, pfn, nid, out):
             return -EACCES
         if mem.folios[pfn].page_flags & PG_dirty:
             return -EAGAIN
-    if mem.nodes[nid].nr_free_pages <= nr_pages:    # the watermark is 0 here
+    if mem.nodes[nid].nr_free_pages + mem.nodes[nid].pcp_count <= nr_pages:    # the watermark is 0 here
         return -EAGAIN
     if not folio_isolate_lru(mem, pfn):
         return -EAGAIN

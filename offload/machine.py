@@ -31,8 +31,8 @@ from offload.mm.movable_ops import (
     TOLD_OWNER, alloc_movable_ops_pages, free_movable_ops_page, isolate_movable_ops_page, putback_movable_ops_page,
 )
 from offload.mm.node import (
-    build_free_areas, folio_putback_lru, fragment_node, free_node, free_reserved_pages,
-    lru_add_drain, lru_stat_add,
+    PCP_HIGH, build_free_areas, drain_pages, folio_putback_lru, fragment_node, free_node, free_reserved_pages, lru_add_drain,
+    lru_stat_add,
 )
 from offload.mm.pagetable import PTRS, free_pgtables, pgd_alloc
 from offload.mm.process import File, Process
@@ -174,8 +174,8 @@ class Machine:
             raise OutOfMemory(f"no room for the memmap of {format_size(pfn * PAGE_SIZE)} of nodes "
                               f"({format_size(pfn * FOLIO_DTYPE.itemsize)}) on this host; make the nodes smaller") from None
         self._set_mem(Memory(
-            folios, orders, nodes, free_areas, free_bits, np.zeros(64 * PTRS, np.int64), records(8, MM_DTYPE),
-            records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE),
+            folios, orders, nodes, free_areas, free_bits, np.zeros(len(nodes) * PCP_HIGH, np.int64),
+            np.zeros(64 * PTRS, np.int64), records(8, MM_DTYPE), records(64, VMA_DTYPE), records(64, ANON_VMA_DTYPE), records(64, AVC_DTYPE),
             records(1, RMAP_ITEM_DTYPE), records(8, MAPPING_DTYPE), np.zeros(1, np.int64), np.zeros(1, np.int64),
             np.zeros(MAX_PAGE_ORDER + 1, np.int64), records(1, OTHERS_DTYPE), np.zeros(1, np.int64),
             np.zeros(LRU_BATCH_SIZE, np.int64), records(1, FRAME_OP_DTYPE), sys))
@@ -185,7 +185,7 @@ class Machine:
         for nid in range(len(nodes)):
             free_node(self.table, nid)
             wanted = config.nodes[nid].hugepages
-            if alloc_hugetlb_pool(self.table, nid, wanted) < wanted:
+            if wanted and alloc_hugetlb_pool(self.table, nid, wanted) < wanted:
                 raise OutOfMemory(f"node {nid} of {config.nodes[nid].pages} pages has no room for {wanted} huge pages of "
                                   f"{HPAGE_NR} in its pool; make the node larger or the pool smaller")
 
@@ -556,13 +556,15 @@ class Machine:
                                                   "thp_migration_fail", "thp_migration_split")}
 
     def free_pages(self, nid):
-        """Free base pages of a node."""
+        """Free base pages of a node, those on its per-CPU list among them."""
         self.check_nid(nid)
-        return int(self.mem.nodes[nid].nr_free_pages)
+        node = self.mem.nodes[nid]
+        return int(node.nr_free_pages + node.pcp_count)
 
     def free_blocks(self, nid):
-        """Free blocks per order of a node, orders 0 to 10: the line of /proc/buddyinfo."""
+        """Free blocks per order of a node, orders 0 to 10: the line of /proc/buddyinfo, after the per-CPU list has been drained."""
         self.check_nid(nid)
+        drain_node(self.table, nid)
         rows = slice(nid * (MAX_PAGE_ORDER + 1), (nid + 1) * (MAX_PAGE_ORDER + 1))
         return [int(nr) for nr in self.mem.free_areas.nr_free[rows]]
 
@@ -787,6 +789,11 @@ def reserve_page(mem_table, pfn):
 @jit_entry
 def drain(mem_table):
     lru_add_drain(unpack(mem_table))
+
+
+@jit_entry
+def drain_node(mem_table, nid):
+    drain_pages(unpack(mem_table), nid)
 
 
 @jit_entry

@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_machine
+from conftest import World, make_machine
+from offload.callers import compact_node, migrate_misplaced_folio
 from offload.errors import InvalidInput, OutOfMemory
 from offload.mm.memmap import FIRST_PFN, LRU_BATCH_SIZE, PG_lru
-from offload.units import PAGE_SIZE
+from offload.mm.node import PCP_BATCH, PCP_HIGH
+from offload.units import EAGAIN, ENOMEM, PAGE_SIZE
 
 MAX_ORDER = 10
 
@@ -144,16 +146,95 @@ class TestMerging:
         assert machine.free_blocks(1) == whole_blocks(1500), f"seed {seed}"
         machine.validate()
 
-    def test_lowest_frame_first(self, machine):
-        process = machine.process()
-        addresses = [process.mmap("4K") for _ in range(4)]
-        pfns = [int(machine.folios_of(process, address, PAGE_SIZE)[0]) for address in addresses]
-        assert pfns == list(range(FIRST_PFN, FIRST_PFN + 4))
-        machine.lru_add_drain()
-        for i in (2, 0):
-            process.munmap(addresses[i], PAGE_SIZE)
-        again = process.mmap("4K")
-        assert machine.folios_of(process, again, PAGE_SIZE)[0] == pfns[0]
+
+class TestPerCpuList:
+    """Base pages that are freed go on a list and are handed out from there; nobody sees less memory for it."""
+
+    @staticmethod
+    def free(world, mapped, which):
+        """Unmap the pages ``which`` of a mapping of base pages, in this order."""
+        world.machine.lru_add_drain()
+        for i in which:
+            world.process.munmap(mapped[0] + i * PAGE_SIZE, PAGE_SIZE)
+
+    def map(self, world, nr, order=0):
+        address = world.process.mmap(nr * PAGE_SIZE << order, order=order)
+        return address, world.machine.folios_of(world.process, address, nr * PAGE_SIZE << order).tolist()
+
+    @staticmethod
+    def listed(machine, nid=0):
+        return machine.mem.pcp[nid * PCP_HIGH:][:machine.mem.nodes.pcp_count[nid]].tolist()
+
+    def test_pages_come_in_order_of_address(self, world):
+        assert self.map(world, 2 * PCP_BATCH + 5)[1] == list(range(FIRST_PFN, FIRST_PFN + 2 * PCP_BATCH + 5))
+
+    def test_what_was_freed_last_is_handed_out_first(self, world):
+        mapped = self.map(world, 10)
+        self.free(world, mapped, (2, 7, 4))
+        assert self.map(world, 3)[1] == [mapped[1][i] for i in (4, 7, 2)]
+
+    def test_what_does_not_fit_sends_all_back(self, world):
+        mapped = self.map(world, 1024)
+        order = np.random.default_rng(0).permutation(1024).tolist()
+        assert self.listed(world.machine) == []
+        self.free(world, mapped, order[:PCP_HIGH])
+        assert self.listed(world.machine) == [mapped[1][i] for i in order[:PCP_HIGH]]
+        world.machine.validate()
+        self.free(world, mapped, order[PCP_HIGH:PCP_HIGH + 1])
+        assert self.listed(world.machine) == [mapped[1][order[PCP_HIGH]]]
+        assert world.machine.free_pages(0) == 1024 + PCP_HIGH + 1
+        world.machine.validate()
+        assert world.machine.free_blocks(0)[10] == 1 and self.listed(world.machine) == []
+        self.free(world, mapped, order[PCP_HIGH + 1:])
+        assert world.machine.free_blocks(0) == whole_blocks(2048)
+
+    def test_small_blocks_are_used_up_first(self, world):
+        mapped = self.map(world, 512)
+        holes = [*range(0, 40, 2), *range(100, 108)]        # 20 of one page, two blocks of four
+        self.free(world, mapped, holes)
+        blocks = world.machine.free_blocks(0)
+        assert blocks[0] == 20 and blocks[2] == 2
+        assert self.map(world, 28)[1] == [mapped[1][i] for i in holes]
+        assert self.listed(world.machine) == [512 + FIRST_PFN + i for i in reversed(range(PCP_BATCH - 28))]
+        world.machine.validate()
+
+    def test_a_large_folio_gets_what_lies_on_the_list(self):
+        world = World(1024, 1024)
+        kept = self.map(world, 512)
+        mapped = self.map(world, 512)
+        self.free(world, mapped, range(512))
+        assert self.listed(world.machine) and world.machine.mem.nodes.nr_free_pages[0] < 512
+        assert self.map(world, 1, 9)[1] == [kept[1][-1] + 1]
+        assert world.machine.free_pages(0) == 0
+        world.machine.validate()
+
+    def test_migration_fills_a_node_to_the_last_page(self):
+        world = World(256, 100)
+        address, pfns = world.map(110)
+        result = world.migrate(pfns)
+        assert (result.rc, result.stats["nr_succeeded"]) == (-ENOMEM, 100) and world.machine.free_pages(1) == 0
+        world.check()
+
+    def test_numa_balancing_counts_it(self):
+        world = World(64, 64)
+        others = self.map(world, 2)
+        world.process.mmap(62 * PAGE_SIZE, nid=1)
+        world.machine.lru_add_drain()
+        assert world.machine.mem.nodes.nr_free_pages[1] == 0 and world.machine.free_pages(1) == 2
+        assert migrate_misplaced_folio(world.machine, world.process, others[0], 1).ret == 0
+        world.machine.lru_add_drain()
+        assert migrate_misplaced_folio(world.machine, world.process, others[0] + PAGE_SIZE, 1).ret == -EAGAIN
+        world.check()
+
+    def test_compaction_finds_what_lies_on_it(self):
+        """A block that is free but for pages on the list is what compaction wants; it has nothing to do."""
+        world = World(1024)
+        world.map(1)
+        mapped = self.map(world, 1023)
+        self.free(world, mapped, range(511, 1023))
+        result = compact_node(world.machine, 0, order=9)
+        assert (result.status, result.calls) == ("success", ())
+        world.check()
 
 
 class TestFragment:

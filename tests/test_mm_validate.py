@@ -10,7 +10,7 @@ from offload.mm.memmap import (
     PG_deferred_list, PG_dirty, PG_hwpoison, PG_locked, PG_lru, PG_mlocked, PG_movable_ops_isolated, PG_private, PG_swapcache,
     PG_unevictable,
 )
-from offload.mm.node import NR_ORDERS
+from offload.mm.node import NR_ORDERS, PCP_HIGH
 from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE, PTRS
 from offload.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -96,6 +96,18 @@ class TestFrames:
         area.nr_free += 1
         mem.nodes.nr_free_pages[0] += 1
         assert "two free blocks" in broken(books, FREE)
+
+
+    def test_per_cpu_list(self, books):
+        mem, listed = books.machine.mem, int(books.machine.mem.nodes.pcp_count[0])
+        assert 0 < listed < PCP_HIGH
+        for pfn, message in ((FREE, "free twice"), (mem.pcp[0], "free twice"), (books.small[0], "exactly one place"), (1, "not the node's")):
+            mem.pcp[listed], mem.nodes.pcp_count[0] = pfn, listed + 1
+            assert message in broken(books, pfn)
+        mem.nodes.pcp_count[0] = listed - 1
+        assert "exactly one place" in broken(books, mem.pcp[listed - 1])
+        mem.nodes.pcp_count[1] = PCP_HIGH + 1
+        assert f"pcp_count {PCP_HIGH + 1}" in broken(books)
 
 
 FREE = 1024 + 2040

@@ -39,7 +39,6 @@ from offload.mm.frames import frame_log_is_full, prefetch_frame
 from offload.mm.memmap import (
     PG_active, PG_deferred_list, PG_hugetlb, PG_movable_ops, PG_partially_mapped, PG_unevictable,
 )
-from offload.mm.node import prefetch_free_bits
 from offload.mm.others import others_after_failed_move, others_at_batch_copy, others_before_move
 from offload.mm.pagetable import prefetch_entry
 from offload.units import (
@@ -312,18 +311,17 @@ def prefetch_pair(mem, call):
     """
     c = call.state[0]
     frm = call.lists[L_FROM]
-    if c.from_at + c.i < frm.nr:
-        prefetch_record(mem.folios, call.pfns[frm.first + c.from_at + c.i])
-        prefetch_record(mem.orders, call.pfns[frm.first + c.from_at + c.i])
+    if c.i & 7 == 0:
+        for at in range(c.from_at + c.i, min(c.from_at + c.i + 8, frm.nr)):
+            prefetch_record(mem.folios, call.pfns[frm.first + at])
+            prefetch_record(mem.orders, call.pfns[frm.first + at])
     nr = c.nr_batch + c.nr_single
     if c.i + 8 < nr:
         row = pair_row(call, c.i + 8)
         prefetch_record(mem.folios, call.pair_src[row])
         prefetch_record(mem.folios, call.pair_dst[row])
     if c.i + 4 < nr:
-        src = call.pair_src[pair_row(call, c.i + 4)]
-        prefetch_record(mem.tables, mem.folios[src].migrate_info)
-        prefetch_free_bits(mem, src)
+        prefetch_record(mem.tables, mem.folios[call.pair_src[pair_row(call, c.i + 4)]].migrate_info)
 
 
 @jit

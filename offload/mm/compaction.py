@@ -16,7 +16,7 @@ from offload.mm.memmap import (
     AOPS_NONE, NO_PFN, PG_dirty, PG_locked, PG_lru, PG_swapcache, PG_unevictable, PG_writeback, page_folio, unpack,
 )
 from offload.mm.node import (
-    NR_ORDERS, block_order, clear_free, folio_isolate_lru, free_block, node_stat_add_isolated, prep_new_folio, set_page_orders,
+    NR_ORDERS, block_order, clear_free, drain_pages, folio_isolate_lru, free_block, node_stat_add_isolated, prep_new_folio, set_page_orders,
 )
 from offload.units import HPAGE_PMD_ORDER
 
@@ -54,11 +54,12 @@ def list_block(mem, pfn, order, after):
 def isolate_freepages(mem):
     """Isolate at least one free block, and more until there are as many pages of them as of folios; False if there is none.
 
-    Pageblock by pageblock from the top down, to the one above the other scanner's; within one it goes up. A pageblock that is
+    The node's per-CPU list is drained before. Pageblock by pageblock from the top down, to the one above the other scanner's; within one it goes up. A pageblock that is
     free as a whole is left alone.
     """
     sys = mem.sys[0]
     node = mem.nodes[sys.cc_nid]
+    drain_pages(mem, sys.cc_nid)
     last = np.int64(NO_PFN)
     pfn = sys.cc_freepages
     while pfn != NO_PFN:
@@ -220,8 +221,9 @@ def isolate_migratepages(mem_table, target_order, flags, out):
 
 @jit_entry
 def has_free_block(mem_table, nid, order):
-    """Whether the node has a free block of ``order`` or more."""
+    """Whether the node has a free block of ``order`` or more, once its per-CPU list is drained."""
     mem = unpack(mem_table)
+    drain_pages(mem, nid)
     while order < NR_ORDERS:
         if mem.free_areas[nid * NR_ORDERS + order].nr_free:
             return True

@@ -124,7 +124,8 @@ FOLIO_DTYPE = np.dtype({
 NODE_DTYPE = np.dtype([(name, np.int64) for name in (
     "start_pfn", "nr_pages", "cpus", "place",
     "frames",                       # address of the byte that pfn 0 would have, if its node went so far; 0 for PLACE_NOWHERE
-    "nr_free_pages",
+    "nr_free_pages",                # in free blocks (NR_FREE_PAGES): without those on the per-CPU list
+    "pcp_count",                    # base pages on the per-CPU list: Memory.pcp
     "nr_isolated_anon", "nr_isolated_file",
     "nr_lru_anon", "nr_lru_file", "nr_unevictable",
     "nr_anon_mapped", "nr_file_mapped", "nr_file_pages", "nr_shmem", "nr_shmem_thps", "nr_swapcache", "nr_file_dirty",
@@ -245,6 +246,7 @@ class Memory(NamedTuple):
     nodes: np.recarray              # NODE_DTYPE, indexed by nid
     free_areas: np.recarray         # FREE_AREA_DTYPE
     free_bits: np.ndarray           # int64 words: the buddy allocators' bitmaps
+    pcp: np.ndarray                 # int64, PCP_HIGH pfns a node: the per-CPU lists of free base pages, the last is handed out next
     tables: np.ndarray              # int64: page-table pages of 512 entries; table t begins at t * 512
     mms: np.recarray                # MM_DTYPE
     vmas: np.recarray               # VMA_DTYPE
@@ -262,7 +264,7 @@ class Memory(NamedTuple):
     sys: np.recarray                # SYS_DTYPE, one row
 
 
-MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.int64, np.int64, MM_DTYPE, VMA_DTYPE,
+MEMORY_DTYPES = Memory(FOLIO_DTYPE, np.uint8, NODE_DTYPE, FREE_AREA_DTYPE, np.int64, np.int64, np.int64, MM_DTYPE, VMA_DTYPE,
                        ANON_VMA_DTYPE, AVC_DTYPE, RMAP_ITEM_DTYPE, MAPPING_DTYPE, np.int64, np.int64, np.int64, OTHERS_DTYPE, np.int64,
                        np.int64, FRAME_OP_DTYPE, SYS_DTYPE)
 

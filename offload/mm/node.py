@@ -2,11 +2,12 @@
 
 Stands for mm/page_alloc.c (allocation and freeing of orders 0 to 10), mm/swap.c (the per-CPU LRU batch, putting
 references) and folio_isolate_lru()/putback of mm/vmscan.c (v7.3). Leaves out zones, watermarks and reclaim (an
-empty node is -ENOMEM at once), per-CPU page lists and migrate types.
+empty node is -ENOMEM at once), migrate types, and per-CPU lists of other orders than 0.
 
 The free blocks of each order are a bitmap instead of the kernel's linked lists: a list would touch the records
 of two neighbours for each page freed, and after a move in random order those are cache misses. Three levels of
-64-bit words; the lowest free block is handed out first, so the same calls give the same frames.
+64-bit words; the lowest free block is taken first. In front of them stands a list of base pages, as for one CPU of the kernel:
+a page that is freed goes on it and is the next to be handed out. The same calls give the same frames.
 """
 
 import numpy as np
@@ -22,11 +23,15 @@ from offload.mm.memmap import (
 from offload.units import MAX_PAGE_ORDER
 
 __all__ = ("alloc_pages_node", "free_pages", "fragment_node", "free_reserved_pages", "folio_put", "folio_put_refs",
-           "folio_isolate_lru", "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated",
+           "drain_pages", "nr_free", "folio_isolate_lru", "folio_putback_lru", "folio_add_lru", "lru_add_drain", "node_stat_add_isolated",
            "folio_maybe_dma_pinned")
 
 NR_ORDERS = MAX_PAGE_ORDER + 1
 WORD_BITS = 64
+PCP_BATCH = 64
+"""Base pages moved to an empty per-CPU list at once: a block of order 6, where there is one whole. The kernel's is 63."""
+PCP_HIGH = 256
+"""Base pages that a per-CPU list holds; one more, and all of them go back. The kernel's adapts to the load."""
 GUP_PIN_COUNTING_BIAS = 1024
 """References that one pin of a small folio holds (include/linux/mm.h)."""
 
@@ -103,9 +108,8 @@ def block_is_free(mem, nid, order, block):
 
 
 @jit_inline
-def prefetch_free_bits(mem, pfn):
-    """Ask for the words that freeing a base page will look at first: its buddy's bit, and that of the pair's buddy."""
-    nid = np.int64(mem.folios[pfn].nid)
+def prefetch_free_bits(mem, nid, pfn):
+    """Ask for the words that giving a base page back will look at first: its buddy's bit, and that of the pair's buddy."""
     page = pfn - mem.nodes[nid].start_pfn
     prefetch_record(mem.free_bits, mem.free_areas[nid * NR_ORDERS].leaf + (page >> 6))
     prefetch_record(mem.free_bits, mem.free_areas[nid * NR_ORDERS + 1].leaf + (page >> 7))
@@ -159,6 +163,63 @@ def free_node(mem_table, nid):
         at += 1 << order
 
 
+# --- the per-CPU list in front of it (mm/page_alloc.c) ---------------------------------------------------------
+
+@jit
+def rmqueue_bulk(mem, nid):
+    """Move up to PCP_BATCH base pages to the empty per-CPU list, so that they are handed out in order of address.
+
+    Out of the smallest blocks first, as one by one, but each whole as far as it is wanted.
+    """
+    node = mem.nodes[nid]
+    nr = left = min(PCP_BATCH, node.nr_free_pages)
+    while left > 0:
+        order = 0
+        while mem.free_areas[nid * NR_ORDERS + order].nr_free == 0 and 2 << order <= left:
+            order += 1
+        pfn = take_block(mem, nid, order)
+        for page in range(pfn, pfn + (1 << order)):
+            left -= 1
+            mem.pcp[nid * PCP_HIGH + left] = page
+    node.pcp_count = nr
+
+
+@jit
+def drain_pages(mem, nid):
+    """Give all of the per-CPU list back to the free blocks (free_pcppages_bulk())."""
+    node = mem.nodes[nid]
+    first = nid * PCP_HIGH
+    for i in range(node.pcp_count):
+        if i + 16 < node.pcp_count:
+            prefetch_free_bits(mem, nid, mem.pcp[first + i + 16])
+        free_block(mem, nid, mem.pcp[first + i], 0)
+    node.pcp_count = 0
+
+
+@jit_inline
+def rmqueue_pcplist(mem, nid):
+    """A base page off the per-CPU list, filled if it is empty, or NO_PFN if no page of the node is free."""
+    node = mem.nodes[nid]
+    if node.pcp_count == 0:
+        if node.nr_free_pages == 0:
+            return NO_PFN
+        rmqueue_bulk(mem, nid)
+    node.pcp_count -= 1
+    return mem.pcp[nid * PCP_HIGH + node.pcp_count]
+
+
+@jit_inline
+def free_unref_page(mem, nid, pfn):
+    """Put a base page on the per-CPU list; if there is no room, after what is on it has gone back."""
+    node = mem.nodes[nid]
+    if node.pcp_count == PCP_HIGH:
+        drain_pages(mem, nid)
+    mem.pcp[nid * PCP_HIGH + node.pcp_count] = pfn
+    node.pcp_count += 1
+
+
+# --- folios of them -------------------------------------------------------------------------------------------
+
 @jit_inline
 def set_page_orders(mem, pfn, nr_pages, order):
     """Write the folio order of pages ``pfn`` .. ``pfn + nr_pages - 1`` (prep_compound_page())."""
@@ -187,7 +248,13 @@ def alloc_pages_node(mem, nid, order):
     Its bytes are undefined: whatever was there, or 0xAA where the machine poisons (``sys.poison``).
     Kernel: __alloc_pages_node() with __GFP_THISNODE, without reclaim.
     """
-    pfn = take_block(mem, nid, order)
+    if order == 0:
+        pfn = rmqueue_pcplist(mem, nid)
+    else:
+        pfn = take_block(mem, nid, order)
+        if pfn == NO_PFN and mem.nodes[nid].pcp_count:
+            drain_pages(mem, nid)                   # what is on the list may make a block of it
+            pfn = take_block(mem, nid, order)
     if pfn == NO_PFN:
         return NO_PFN
     prep_new_folio(mem, nid, pfn, order)
@@ -219,8 +286,10 @@ def free_pages(mem, pfn):
         set_page_orders(mem, pfn, 1 << order, 0)
     if poisoned:
         free_poisoned(mem, nid, pfn, order)
-        return
-    free_block(mem, nid, pfn, order)
+    elif order:
+        free_block(mem, nid, pfn, order)
+    else:
+        free_unref_page(mem, nid, pfn)
 
 
 @jit_inline
@@ -228,7 +297,7 @@ def free_base_page(mem, pfn):
     """free_pages() for a base page that is good, on no LRU list and not mlocked."""
     nid = np.int64(mem.folios[pfn].nid)
     clear_record(mem, pfn)
-    free_block(mem, nid, pfn, 0)
+    free_unref_page(mem, nid, pfn)
 
 
 @jit_inline
@@ -292,6 +361,7 @@ def fragment_node(mem_table, nid, order, held):
     Returns how many; no free block larger than ``order`` is left.
     """
     mem = unpack(mem_table)
+    drain_pages(mem, nid)
     node = mem.nodes[nid]
     nr = 0
     for block in range(node.nr_pages >> order + 1):

@@ -12,7 +12,7 @@ from offload.mm.memmap import (
     PG_hugetlb_temporary, PG_hwpoison, PG_ksm, PG_locked, PG_lru, PG_mlocked, PG_movable_ops,
     PG_movable_ops_isolated, PG_private, PG_reserved, PG_swapbacked, PG_swapcache, PG_unevictable,
 )
-from offload.mm.node import GUP_PIN_COUNTING_BIAS, NR_ORDERS, WORD_BITS
+from offload.mm.node import GUP_PIN_COUNTING_BIAS, NR_ORDERS, PCP_HIGH, WORD_BITS
 from offload.mm.pagetable import PTE_EXCLUSIVE, PTE_HUGE, PTE_HWPOISON, PTE_MIGRATION, PTE_PRESENT, PTE_SPECIAL, PTE_SWAP, PTE_WRITE, PTRS
 from offload.units import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE_SHIFT
 
@@ -41,7 +41,7 @@ def complain(what, where, hint=""):
 
 
 def free_pages_of(mem):
-    """bool per pfn: lies in a free block. Complains if blocks overlap or nr_free is wrong."""
+    """bool per pfn: lies in a free block or on a per-CPU list. Complains if they overlap or a count is wrong."""
     free = np.zeros(len(mem.folios), np.int8)
     for nid, node in enumerate(mem.nodes):
         total = 0
@@ -58,8 +58,13 @@ def free_pages_of(mem):
             total += len(blocks) << order
         if total != node.nr_free_pages:
             complain(f"node {nid}: {total} pages in free blocks, nr_free_pages", node.nr_free_pages)
+        listed = mem.pcp[nid * PCP_HIGH:(nid + 1) * PCP_HIGH][:node.pcp_count]
+        astray = (listed < node.start_pfn) | (listed >= node.start_pfn + node.nr_pages)
+        if len(listed) != node.pcp_count or astray.any():
+            complain(f"node {nid}: pages of its per-CPU list, pcp_count {node.pcp_count}, that are not the node's", listed[astray])
+        np.add.at(free, listed, 1)
     if (free > 1).any():
-        complain("pages are in two free blocks", np.flatnonzero(free > 1))
+        complain("pages are in two free blocks, or free twice", np.flatnonzero(free > 1))
     return free.astype(bool)
 
 
